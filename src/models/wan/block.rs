@@ -1,0 +1,109 @@
+//! One transformer block.
+
+use candle_core::{DType, Result, Tensor};
+use candle_nn::VarBuilder;
+
+use super::Config;
+use super::attention::{
+    AudioCrossAttention, ContextKeysValues, CrossAttention, KeysValues, SelfAttention,
+    record_queries_and_keys,
+};
+use super::routing::Routing;
+use crate::nn::rope::Rope;
+use crate::nn::{LayerNorm, Linear, layer_norm_modulated, residual_gate, trace};
+
+/// Self-attention, attention to text and image, attention to audio, feed-forward; the first and the last
+/// under AdaLN modulation.
+#[derive(Debug)]
+pub(super) struct Block {
+    self_attn: SelfAttention,
+    norm3: LayerNorm,
+    cross_attn: CrossAttention,
+    norm_x: LayerNorm,
+    audio_cross_attn: AudioCrossAttention,
+    ffn_in: Linear,
+    ffn_out: Linear,
+    modulation: Tensor, // (1, 6, D)
+    eps: f64,
+    index: usize,
+}
+
+/// What one block is told beside its tokens.
+pub(super) struct Conditions<'a> {
+    /// (1, 6, D) in f32.
+    pub modulation: &'a Tensor,
+    pub rope: &'a Rope,
+    pub context: &'a ContextKeysValues,
+    pub audio: &'a KeysValues,
+    /// Present with two speakers.
+    pub routing: Option<&'a Routing>,
+}
+
+impl Block {
+    /// Loads block `index` below `vb`.
+    pub fn new(cfg: &Config, index: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            self_attn: SelfAttention::new(cfg, vb.pp("self_attn"))?,
+            norm3: LayerNorm::new(cfg.dim, cfg.eps, vb.pp("norm3"))?,
+            cross_attn: CrossAttention::new(cfg, vb.pp("cross_attn"))?,
+            norm_x: LayerNorm::new(cfg.dim, cfg.eps, vb.pp("norm_x"))?,
+            audio_cross_attn: AudioCrossAttention::new(cfg, vb.pp("audio_cross_attn"))?,
+            ffn_in: Linear::new(cfg.dim, cfg.ffn_dim, vb.pp("ffn.0"))?,
+            ffn_out: Linear::new(cfg.ffn_dim, cfg.dim, vb.pp("ffn.2"))?,
+            modulation: vb.get((1, 6, cfg.dim), "modulation")?,
+            eps: cfg.eps,
+            index,
+        })
+    }
+
+    /// Keys and values of `text` (1, text_len, D) and `image` (1, rows, D).
+    pub fn encode_context(&self, text: &Tensor, image: &Tensor) -> Result<ContextKeysValues> {
+        self.cross_attn.encode(text, image)
+    }
+
+    /// Keys and values of the audio `tokens` (T, A, output_dim), turned by `rope` with two speakers.
+    pub fn encode_audio(&self, tokens: &Tensor, rope: Option<&Rope>) -> Result<KeysValues> {
+        self.audio_cross_attn.encode(tokens, rope)
+    }
+
+    /// Maps tokens `xs` (1, L, D) to (1, L, D), in the dtype of `xs`; modulation and gates are f32.
+    pub fn forward(&self, xs: &Tensor, conditions: &Conditions) -> Result<Tensor> {
+        let record = |name: &str, xs: &Tensor| trace::record(|| format!("block_{}.{name}", self.index), xs);
+        let modulation = (self.modulation.to_dtype(DType::F32)? + conditions.modulation)?;
+        let part = |i: usize| modulation.narrow(1, i, 1); // (1, 1, D)
+
+        let ys = layer_norm_modulated(xs, &part(0)?, &part(1)?, self.eps)?;
+        let attended = self.self_attn.forward(&ys, conditions.rope)?;
+        record("self_attn", &attended.ys);
+        record_queries_and_keys(self.index, &attended);
+        let xs = residual_gate(xs, &attended.ys, &part(2)?)?;
+        let audio_rope = match conditions.routing {
+            Some(routing) => {
+                let (map, rope) = routing.queries(&attended.q, &attended.k)?;
+                record("ref_attn_map", &map);
+                Some(rope)
+            }
+            None => None,
+        };
+        drop(attended);
+
+        let ys = self.cross_attn.forward(&self.norm3.forward(&xs)?, conditions.context)?;
+        record("cross_attn", &ys);
+        let xs = (xs + ys)?;
+
+        let ys = self.audio_cross_attn.forward(
+            &self.norm_x.forward(&xs)?,
+            conditions.audio,
+            audio_rope.as_ref(),
+        )?;
+        record("audio_cross_attn", &ys);
+        let xs = (xs + ys)?;
+
+        let ys = layer_norm_modulated(&xs, &part(3)?, &part(4)?, self.eps)?;
+        let ys = self.ffn_out.forward(&self.ffn_in.forward_gelu_tanh(&ys)?)?;
+        record("ffn", &ys);
+        let xs = residual_gate(&xs, &ys, &part(5)?)?;
+        trace::record(|| format!("block_{}", self.index), &xs);
+        Ok(xs)
+    }
+}
