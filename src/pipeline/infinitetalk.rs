@@ -1,0 +1,308 @@
+//! The window loop: conditioning, denoising, decoding, colour, and the motion frames that carry one window into
+//! the next.
+//!
+//! Source: MeiGen-AI/InfiniteTalk at 0107cd9, `wan/multitalk.py`, `InfiniteTalkPipeline.generate_infinitetalk`.
+//! Different from the reference, without effect on the result: what does not change from window to window
+//! (prompt, reference frame) is encoded once; passes that a scale of 1 cancels are not run; the noised motion
+//! latents, which nothing reads, are not made. With an effect: the cache of residuals (TeaCache) is kept per branch and starts
+//! afresh in every window, and each window draws its own noise.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::color::match_colors;
+use super::guidance::Guidance;
+use super::plan::{Plan, Window};
+use super::progress::{Cancel, Progress, Stage};
+use super::teacache::{self, TeaCache};
+use super::windows::{gather, mirror_tail};
+use crate::models::{clip_vision, wan, wan_vae};
+use crate::nn::trace;
+use crate::scheduler::{euler_step, timesteps};
+use crate::{Error, ErrorKind, Result};
+
+/// The networks that run once per window.
+pub struct Networks {
+    /// The diffusion transformer with its audio adapter.
+    pub dit: wan::Model,
+    /// The video autoencoder.
+    pub vae: wan_vae::Vae,
+    /// The image encoder.
+    pub clip: clip_vision::Model,
+}
+
+/// What the video shows and says.
+pub struct Conditioning {
+    /// The reference frames (3, 1, H, W) in [−1, 1], all of one size: one for a portrait; of several, a window
+    /// takes the one at its start, and the last repeats.
+    pub reference: Vec<Tensor>,
+    /// One or two persons' audio embeddings (frames, layers, channels) at 25 frames a second.
+    pub audio_embeds: Vec<Tensor>,
+    /// The prompt (rows, width).
+    pub context: Tensor,
+    /// The negative prompt (rows, width); needed when the text guidance is not 1.
+    pub negative_context: Option<Tensor>,
+    /// Where person 1, person 2 and the background are, (3, H/8, W/8) of 0 and 1; needed for two persons.
+    pub masks: Option<Tensor>,
+}
+
+/// How a video is sampled.
+#[derive(Clone, Debug)]
+pub struct Sampling {
+    /// Frames of a window, 4n+1.
+    pub frames_per_window: usize,
+    /// Frames that a window takes over from the one before, 4n+1.
+    pub motion_frames: usize,
+    /// The video is cut at this many frames.
+    pub max_frames: usize,
+    /// Denoising steps of a window.
+    pub num_steps: usize,
+    /// Shift of the time steps.
+    pub shift: f64,
+    /// Guidance by text and audio.
+    pub guidance: Guidance,
+    /// How far each window's colours are drawn to those of the reference frame, 0…1.
+    pub color_correction: f64,
+    /// Skips blocks whose input hardly changed, where wanted.
+    pub teacache: Option<TeaCache>,
+}
+
+/// What a caller sees and steers while windows are made.
+pub struct Control<'a> {
+    /// Ends the generation at the next denoising step.
+    pub cancel: &'a Cancel,
+    /// Told where the generation stands.
+    pub progress: &'a mut dyn FnMut(Progress),
+}
+
+/// Draws the noise of a window, given its index and the shape (16, T, h, w) of the latents.
+pub type Noise<'a> = dyn FnMut(usize, (usize, usize, usize, usize)) -> Result<Tensor> + 'a;
+
+/// What depends on the reference frame alone.
+struct Scene {
+    reference_index: usize,
+    prompt: wan::Context,
+    negative_prompt: Option<wan::Context>,
+    /// Mask and latents of the reference frame followed by grey frames, (20, T, h, w).
+    y: Tensor,
+}
+
+/// The loop's state between windows.
+struct Windows<'a> {
+    networks: &'a Networks,
+    conditioning: &'a Conditioning,
+    sampling: &'a Sampling,
+    plan: Plan,
+    scene: Option<Scene>,
+    no_audio: wan::Audio,
+    /// The last frames of the window before, (3, M, H, W).
+    motion: Option<Tensor>,
+}
+
+/// Makes the video window by window and hands each window's new frames (3, F, H, W) in [−1, 1] to `sink`, in
+/// order; nothing of a window is kept but its motion frames. Returns how many frames were made.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] for settings that do not fit together, [`ErrorKind::Cancelled`],
+/// [`ErrorKind::Numeric`] when a window is not finite, [`ErrorKind::Inference`], and what `noise` and `sink`
+/// return.
+pub fn generate_windows(
+    networks: &Networks,
+    conditioning: &Conditioning,
+    sampling: &Sampling,
+    noise: &mut Noise,
+    control: &mut Control,
+    sink: &mut dyn FnMut(Tensor) -> Result<()>,
+) -> Result<usize> {
+    let lens = conditioning.audio_embeds.iter().map(|e| e.dim(0)).collect::<candle_core::Result<Vec<_>>>()?;
+    let plan = Plan::new(sampling.frames_per_window, sampling.motion_frames, &lens, sampling.max_frames)?;
+    let Some(first) = conditioning.audio_embeds.first() else {
+        return Err(Error::new(ErrorKind::MissingField, "there is no audio embedding"));
+    };
+    let silent = gather(&[first.zeros_like()?], 0, sampling.frames_per_window)?;
+    let no_audio = networks.dit.encode_audio(&silent)?;
+    let total_frames = plan.total_frames();
+    let mut windows = Windows { networks, conditioning, sampling, plan, scene: None, no_audio, motion: None };
+    for window in windows.plan.windows() {
+        let video = windows.make(window, noise, control)?; // (3, F, H, W)
+        let keep = sampling.motion_frames;
+        windows.motion = Some(video.narrow(1, sampling.frames_per_window - keep, keep)?.contiguous()?);
+        sink(video.narrow(1, window.skip, window.take)?)?;
+    }
+    Ok(total_frames)
+}
+
+impl Windows<'_> {
+    /// All F frames of a window, (3, F, H, W) in [−1, 1], after colour matching.
+    fn make(&mut self, window: Window, noise: &mut Noise, control: &mut Control) -> Result<Tensor> {
+        let w = window.index;
+        let audio = self.audio(window)?;
+        self.enter_scene(window)?;
+        let Some(scene) = &self.scene else {
+            return Err(Error::new(ErrorKind::InvalidInput, "there is no reference frame"));
+        };
+        let motion_latents = match &self.motion {
+            // The VAE is causal: the first latent frame of the padded clip is that of the frame alone.
+            None => scene.y.narrow(0, 4, scene.y.dim(0)? - 4)?.narrow(1, 0, 1)?.contiguous()?,
+            Some(motion) => {
+                trace::record(|| format!("w{w}.cond_frame"), motion);
+                self.networks.vae.encode(motion)?
+            }
+        };
+        trace::record(|| format!("w{w}.latent_motion_frames"), &motion_latents);
+        let (_, t, h, wd) = scene.y.dims4()?;
+        let noise = noise(w, (motion_latents.dim(0)?, t, h, wd))?;
+        let latents = self.denoise(window, scene, &audio, &motion_latents, noise, control)?;
+        trace::record(|| format!("w{w}.x0"), &latents);
+
+        (control.progress)(self.progress(window, Stage::Decode, self.sampling.num_steps));
+        let video = self.networks.vae.decode(&latents)?; // (3, F, H, W)
+        trace::record(|| format!("w{w}.decoded"), &video);
+        let finite = video.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?.is_finite();
+        if !finite {
+            let message =
+                format!("window {} of {} holds values that are not finite", w + 1, self.plan.num_windows());
+            return Err(Error::new(ErrorKind::Numeric, message));
+        }
+        let strength = self.sampling.color_correction;
+        let video = match strength > 0.0 {
+            true => match_colors(&video, &self.conditioning.reference[0], strength)?,
+            false => video,
+        };
+        trace::record(|| format!("w{w}.corrected"), &video);
+        Ok(video)
+    }
+
+    /// The audio embeddings around the window's frames, as the DiT's keys and values.
+    fn audio(&self, window: Window) -> Result<wan::Audio> {
+        let end = window.start + self.sampling.frames_per_window;
+        let extend = |embeds: &Tensor| match window.is_last && window.index > 0 {
+            true => mirror_tail(embeds, end),
+            false => Ok(embeds.clone()),
+        };
+        let embeds =
+            self.conditioning.audio_embeds.iter().map(extend).collect::<candle_core::Result<Vec<_>>>()?;
+        let audio = gather(&embeds, window.start, self.sampling.frames_per_window)?;
+        trace::record(|| format!("w{}.audio", window.index), &audio);
+        Ok(self.networks.dit.encode_audio(&audio)?)
+    }
+
+    /// Encodes the window's reference frame, unless the window before had the same.
+    fn enter_scene(&mut self, window: Window) -> Result<()> {
+        let Conditioning { reference, context, negative_context, .. } = self.conditioning;
+        let reference_index = window.start.min(reference.len().saturating_sub(1));
+        if self.scene.as_ref().is_some_and(|scene| scene.reference_index == reference_index) {
+            return Ok(());
+        }
+        let Some(frame) = reference.get(reference_index) else {
+            return Err(Error::new(ErrorKind::InvalidInput, "there is no reference frame"));
+        };
+        let w = window.index;
+        trace::record(|| format!("w{w}.cond_image"), frame);
+        let Networks { dit, vae, clip } = self.networks;
+        let image_embeds = clip.forward(&clip.preprocess(frame)?)?; // (1, 257, width)
+        trace::record(|| format!("w{w}.clip_context"), &image_embeds);
+        let negative_prompt = if self.sampling.guidance.branches().iter().all(|b| b.has_prompt()) {
+            None
+        } else {
+            let Some(negative) = negative_context else {
+                let message = "the text guidance is not 1, so a negative prompt is needed";
+                return Err(Error::new(ErrorKind::MissingField, message));
+            };
+            Some(dit.encode_context(negative, &image_embeds)?)
+        };
+
+        let (channels, _, height, width) = frame.dims4()?;
+        let grey_shape = (channels, self.sampling.frames_per_window - 1, height, width);
+        let grey = Tensor::zeros(grey_shape, frame.dtype(), frame.device())?;
+        let latents = vae.encode(&Tensor::cat(&[frame, &grey], 1)?)?; // (16, T, h, w)
+        trace::record(|| format!("w{w}.padded_video_latent"), &latents);
+        let y = Tensor::cat(&[first_frame_mask(&latents)?, latents], 0)?;
+        trace::record(|| format!("w{w}.y"), &y);
+
+        let prompt = dit.encode_context(context, &image_embeds)?;
+        self.scene = Some(Scene { reference_index, prompt, negative_prompt, y });
+        Ok(())
+    }
+
+    /// Denoises `noise` (16, T, h, w) to clean latents; the motion latents (16, k, h, w) stand in its first
+    /// frames before every pass and at the end.
+    fn denoise(
+        &self,
+        window: Window,
+        scene: &Scene,
+        audio: &wan::Audio,
+        motion_latents: &Tensor,
+        noise: Tensor,
+        control: &mut Control,
+    ) -> Result<Tensor> {
+        let (w, Sampling { num_steps, shift, guidance, teacache, .. }) = (window.index, self.sampling);
+        let dit = &self.networks.dit;
+        let known = motion_latents.dim(1)?;
+        let with_motion = |latents: &Tensor| {
+            let rest = latents.narrow(1, known, latents.dim(1)? - known)?;
+            Tensor::cat(&[motion_latents, &rest], 1)
+        };
+        let masks = self.conditioning.masks.as_ref();
+        let branches = guidance.branches();
+        let mut caches: Vec<_> = branches.iter().map(|_| teacache.as_ref().map(TeaCache::branch)).collect();
+        let mut combine = guidance.start_window();
+        let mut latents = with_motion(&noise)?;
+        for (step, t) in timesteps(*num_steps, *shift).windows(2).enumerate() {
+            control.cancel.check()?;
+            (control.progress)(self.progress(window, Stage::Denoise, step));
+            trace::record(|| format!("w{w}.step{step}.latent_in"), &latents);
+            let embedded = dit.embed(&latents, &scene.y, f64::from(t[0]))?;
+            let mut outputs = Vec::with_capacity(3);
+            for (pass, (branch, cache)) in branches.iter().zip(&mut caches).enumerate() {
+                let context = match (&scene.negative_prompt, branch.has_prompt()) {
+                    (Some(negative_prompt), false) => negative_prompt,
+                    _ => &scene.prompt,
+                };
+                let audio = if branch.has_audio() { audio } else { &self.no_audio };
+                let blocks = || dit.blocks(&embedded, context, audio, masks);
+                let xs = match cache {
+                    None => blocks()?,
+                    Some(cache) => cached(cache, &embedded, blocks)?,
+                };
+                let velocity = dit.head(&xs, &embedded)?;
+                trace::record(|| format!("w{w}.step{step}.pass{pass}"), &velocity);
+                outputs.push(velocity);
+            }
+            let velocity = combine.combine(&outputs)?;
+            latents = with_motion(&euler_step(&latents, &velocity, t[0], t[1])?)?;
+        }
+        Ok(latents)
+    }
+
+    fn progress(&self, window: Window, stage: Stage, step: usize) -> Progress {
+        Progress {
+            stage,
+            window: window.index,
+            windows: self.plan.num_windows(),
+            step,
+            steps: self.sampling.num_steps,
+        }
+    }
+}
+
+/// What `blocks` makes of the tokens, or what `cache` takes it to be.
+fn cached(
+    cache: &mut teacache::Branch,
+    embedded: &wan::Embedded,
+    blocks: impl FnOnce() -> candle_core::Result<Tensor>,
+) -> Result<Tensor> {
+    if cache.should_skip(&embedded.modulation)? {
+        return cache.reuse(&embedded.xs);
+    }
+    let xs = blocks()?;
+    cache.store(&embedded.xs, &xs)?;
+    Ok(xs)
+}
+
+/// Four mask channels beside `latents` (16, T, h, w): 1 in the first latent frame, which is given, else 0.
+fn first_frame_mask(latents: &Tensor) -> candle_core::Result<Tensor> {
+    let (_, t, h, w) = latents.dims4()?;
+    let (dtype, device): (DType, &Device) = (latents.dtype(), latents.device());
+    let known = Tensor::ones((4, 1, h, w), dtype, device)?;
+    Tensor::cat(&[known, Tensor::zeros((4, t - 1, h, w), dtype, device)?], 1)
+}
