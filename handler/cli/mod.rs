@@ -1,0 +1,143 @@
+//! The command line: verbs, exit codes, and errors as JSON on standard error.
+
+mod bench;
+mod display;
+mod flags;
+mod generate;
+
+use std::ffi::OsString;
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::config::{Config, ConfigArgs};
+use crate::job::{Code, JobError};
+use crate::schema;
+
+/// The exit code for input that has to change.
+const EXIT_BAD_INPUT: u8 = 2;
+/// The exit code for everything else.
+const EXIT_FAILED: u8 = 1;
+
+const AFTER_HELP: &str = "Exit codes: 0 done, 2 bad input, 1 any other failure. Results are JSON on standard \
+    output; an error is one line of JSON on standard error, after progress and messages.";
+
+/// A portrait and a voice in, a talking video out.
+#[derive(Debug, Parser)]
+#[command(name = "handler", version, after_help = AFTER_HELP, subcommand_required = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Make one video from files or URLs
+    Generate(Box<flags::Args>),
+    /// Time the stages of a generation on this machine, with random weights
+    Bench(bench::Args),
+    /// Print the JSON Schema of input and output
+    Schema,
+}
+
+/// Runs the verb that `args` (the program's name first) ask for. `started` is when the process began.
+pub fn run(args: impl Iterator<Item = OsString>, started: Instant) -> ExitCode {
+    match try_run(args, started) {
+        Ok(code) => code,
+        Err(error) => {
+            // There is nobody left to tell when standard error is closed.
+            let _ = writeln!(io::stderr(), "{}", json!(error));
+            ExitCode::from(if error.code.is_bad_input() { EXIT_BAD_INPUT } else { EXIT_FAILED })
+        }
+    }
+}
+
+fn try_run(args: impl Iterator<Item = OsString>, started: Instant) -> Result<ExitCode, JobError> {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(shown) if !shown.use_stderr() => {
+            // `--help` and `--version`; a reader who has closed the pipe has seen enough.
+            let _ = shown.print();
+            return Ok(ExitCode::SUCCESS);
+        }
+        Err(wrong) => return Err(usage(&wrong)),
+    };
+    let config = Config::new(&cli.config, |name| std::env::var_os(name).map(PathBuf::from), Path::new("/"))?;
+    start_logging(&config);
+    match cli.verb {
+        Verb::Generate(args) => print_json(&generate::run(&args, &config, started)?)?,
+        Verb::Bench(args) => bench::run(&args)?,
+        Verb::Schema => print_json(&json!({"input": schema::input(), "output": schema::output()}))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The parser's own words, for people, and its first line for programs.
+fn usage(wrong: &clap::Error) -> JobError {
+    let _ = wrong.print();
+    let text = wrong.render().to_string();
+    let first = match wrong.kind() {
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a verb is missing, such as `generate`",
+        _ => text.lines().next().unwrap_or_default().trim_start_matches("error: "),
+    };
+    let tip = text.lines().find_map(|line| line.trim().strip_prefix("tip: "));
+    JobError::new(Code::InvalidInput, first)
+        .with_reason("USAGE")
+        .with_hint(tip.unwrap_or("see `handler --help`"))
+}
+
+fn start_logging(config: &Config) {
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(config.log_level)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
+    // A test that runs verbs in its own process has set one already.
+    let _ = subscriber.try_init();
+}
+
+/// One line for programs, several for people.
+fn print_json(value: &impl Serialize) -> Result<(), JobError> {
+    let mut out = io::stdout().lock();
+    let text =
+        if out.is_terminal() { serde_json::to_string_pretty(value) } else { serde_json::to_string(value) };
+    let text = text.map_err(|e| JobError::new(Code::Internal, format!("the output is not JSON: {e}")))?;
+    writeln!(out, "{text}")
+        .and_then(|()| out.flush())
+        .map_err(|e| JobError::new(Code::Internal, format!("standard output cannot be written: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_has_a_variable() {
+        let mut command = Cli::command();
+        command.build();
+        for verb in std::iter::once(&command).chain(command.get_subcommands()) {
+            for arg in verb.get_arguments().filter(|a| !matches!(a.get_id().as_str(), "help" | "version")) {
+                assert!(
+                    arg.get_env().is_some() || arg.is_positional(),
+                    "{} {}",
+                    verb.get_name(),
+                    arg.get_id()
+                );
+            }
+        }
+    }
+}
