@@ -1,0 +1,336 @@
+//! Parity: the whole window loop, from reference frames and audio embeddings to video.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
+use talkie::media::image;
+use talkie::models::{clip_vision, wan, wan_vae};
+use talkie::nn::trace;
+use talkie::pipeline::{
+    Apg, Cancel, Conditioning, Control, Guidance, Networks, Sampling, generate_windows, teacache::TeaCache,
+};
+use talkie::scheduler::timesteps;
+
+use crate::support::{Component, GoldenFile, check, relative_error};
+
+/// Errors feed back through motion frames and colour matching, so later windows may be further off.
+const TOLERANCES: [f64; 3] = [2e-4, 2e-3, 1e-2];
+
+fn tolerance(window: usize) -> f64 {
+    TOLERANCES[window.min(TOLERANCES.len() - 1)]
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("expected a number, found {value}"))
+}
+
+fn count(value: &Value) -> usize {
+    value.as_u64().unwrap_or_else(|| panic!("expected a count, found {value}")) as usize
+}
+
+fn config<C: serde::de::DeserializeOwned>(value: &Value) -> C {
+    serde_json::from_value(value.clone()).expect("a network's config")
+}
+
+fn networks(component: &Value) -> Networks {
+    let vb = |network: &str| {
+        let path = component["weights"][network].as_str().expect("a weights file");
+        GoldenFile::open(path).var_builder(DType::F32)
+    };
+    let models = &component["models"];
+    Networks {
+        dit: wan::Model::new(&config(&models["dit"]), vb("dit")).unwrap(),
+        vae: wan_vae::Vae::new(&config(&models["vae"]), vb("vae")).unwrap(),
+        clip: clip_vision::Model::new(&config(&models["clip"]), vb("clip")).unwrap(),
+    }
+}
+
+/// What one golden run asks for, read from its JSON.
+struct Run {
+    name: String,
+    io: GoldenFile,
+    settings: Value,
+    sampling: Sampling,
+    conditioning: Conditioning,
+}
+
+impl Run {
+    fn open(component: &Component, name: &str) -> Self {
+        let io = component.file(&format!("{name}.safetensors"));
+        let settings = component.json(&format!("{name}.json"));
+        assert_eq!(io.metadata("config"), settings, "{name}: JSON and metadata differ");
+        let apg = settings["use_apg"].as_bool().expect("use_apg").then(|| Apg {
+            momentum: number(&settings["apg_momentum"]),
+            norm_threshold: number(&settings["apg_norm_threshold"]),
+        });
+        let teacache = settings["use_teacache"].as_bool().expect("use_teacache");
+        let sampling = Sampling {
+            frames_per_window: count(&settings["frame_num"]),
+            motion_frames: count(&settings["motion_frame"]),
+            max_frames: count(&settings["max_frames_num"]),
+            num_steps: count(&settings["steps"]),
+            shift: number(&settings["shift"]),
+            guidance: Guidance {
+                text: number(&settings["text_guide_scale"]),
+                audio: number(&settings["audio_guide_scale"]),
+                apg,
+            },
+            color_correction: number(&settings["color_correction_strength"]),
+            teacache: teacache.then(|| TeaCache {
+                threshold: number(&settings["teacache_thresh"]),
+                coefficients: TeaCache::COEFFICIENTS_480,
+                warmup_steps: TeaCache::WARMUP_STEPS,
+            }),
+        };
+        let conditioning = conditioning(&io, &settings);
+        Self { name: name.to_owned(), io, settings, sampling, conditioning }
+    }
+
+    /// Runs the loop on the golden noise: the video (3, F, H, W) and everything recorded on the way.
+    fn generate(&self, networks: &Networks) -> (Tensor, BTreeMap<String, Tensor>) {
+        let mut parts = Vec::new();
+        let (frames, recorded) = trace::capture(|| {
+            let mut control = Control { cancel: &Cancel::default(), progress: &mut |_| () };
+            let mut noise = |window: usize, shape: (usize, usize, usize, usize)| {
+                let noise = self.io.f32(&format!("w{window}.noise"));
+                assert_eq!(noise.dims4().unwrap(), shape, "{}: shape of the noise", self.name);
+                Ok(noise)
+            };
+            generate_windows(
+                networks,
+                &self.conditioning,
+                &self.sampling,
+                &mut noise,
+                &mut control,
+                &mut |part| {
+                    parts.push(part);
+                    Ok(())
+                },
+            )
+            .unwrap()
+        });
+        let video = Tensor::cat(&parts, 1).unwrap();
+        assert_eq!(video.dim(1).unwrap(), frames);
+        (video, recorded)
+    }
+}
+
+fn conditioning(io: &GoldenFile, settings: &Value) -> Conditioning {
+    let frames = io.get("in.frames");
+    let (num_frames, height, width, _) = frames.dims4().unwrap();
+    let source = image::Size { height, width };
+    let buckets: image::Buckets = config(&settings["buckets"]);
+    let target = buckets.choose(source).size;
+    let reference = (0..num_frames)
+        .map(|i| {
+            let pixels = frames.get(i).unwrap().flatten_all().unwrap().to_vec1::<u8>().unwrap();
+            image::Portrait::from_rgb(source, pixels).unwrap().fit(target).to_tensor(&Device::Cpu).unwrap()
+        })
+        .collect();
+    let persons = count(&settings["persons"]);
+    let audio_embeds: Vec<_> = (1..=persons).map(|p| io.f32(&format!("in.audio_embedding_{p}"))).collect();
+    for (embeds, frames) in
+        audio_embeds.iter().zip(settings["audio_frames"].as_array().expect("audio_frames"))
+    {
+        assert_eq!(embeds.dim(0).unwrap(), count(frames));
+    }
+    let rectangle = |values: &Value| -> image::Rectangle {
+        let values = values.as_array().expect("a box").iter().map(count).collect::<Vec<_>>();
+        values.try_into().expect("four numbers")
+    };
+    let masks = match (persons, settings["bbox"].as_object()) {
+        (1, _) => image::PersonMasks::one(source),
+        (_, None) => image::PersonMasks::halves(source, image::DEFAULT_FACE_SCALE),
+        (_, Some(boxes)) => {
+            let boxes = ["person1", "person2"].map(|person| rectangle(&boxes[person]));
+            image::PersonMasks::from_boxes(source, boxes).unwrap()
+        }
+    };
+    Conditioning {
+        reference,
+        audio_embeds,
+        context: io.f32("in.context"),
+        negative_context: Some(io.f32("in.context_null")),
+        masks: Some(masks.latents(target, &Device::Cpu).unwrap()),
+    }
+}
+
+/// Splits `w3.step0.pass1` into 3 and `step0.pass1`.
+fn window_of(name: &str) -> Option<(usize, &str)> {
+    let (window, rest) = name.strip_prefix('w')?.split_once('.')?;
+    Some((window.parse().ok()?, rest))
+}
+
+/// A pass that our guidance does not run, from the network itself.
+fn unneeded_pass(run: &Run, networks: &Networks, window: usize, step: usize, pass: usize) -> Tensor {
+    let w = |rest: &str| run.io.f32(&format!("w{window}.{rest}"));
+    let dit = &networks.dit;
+    let with_audio_guidance = Guidance { audio: 2.0, ..run.sampling.guidance };
+    let branch = with_audio_guidance.branches()[pass];
+    let prompt = if branch.has_prompt() { "in.context" } else { "in.context_null" };
+    let context = dit.encode_context(&run.io.f32(prompt), &w("clip_context")).unwrap();
+    let mut audio = w("audio");
+    if !branch.has_audio() {
+        audio = audio.narrow(0, 0, 1).unwrap().zeros_like().unwrap();
+    }
+    let t = timesteps(run.sampling.num_steps, run.sampling.shift)[step];
+    let y = w("y").squeeze(0).unwrap();
+    let latents = w(&format!("step{step}.latent_in"));
+    let (audio, masks) = (dit.encode_audio(&audio).unwrap(), run.conditioning.masks.as_ref());
+    dit.forward(&latents, &y, f64::from(t), &context, &audio, masks).unwrap()
+}
+
+/// Compares everything the golden run holds with what we made and recorded.
+fn compare(run: &Run, networks: &Networks) {
+    let (video, recorded) = run.generate(networks);
+    let Run { io, name: run_name, settings, sampling, .. } = run;
+    let num_windows = settings["windows"].as_array().expect("windows").len();
+    let apg_calls = recorded.keys().filter(|k| k.starts_with("apg.")).count() / num_windows;
+    let ts = timesteps(sampling.num_steps, sampling.shift);
+    for name in io.names() {
+        if name.starts_with("in.") {
+            continue;
+        }
+        let expected = io.f32(&name);
+        if name == "color_reference" {
+            let ours = run.conditioning.reference[0].unsqueeze(0).unwrap();
+            check("pipeline", "f32", &format!("{run_name} {name}"), &ours, &expected, TOLERANCES[0]);
+            continue;
+        }
+        if name == "out.video" {
+            compare_video(run_name, &video, &expected, sampling);
+            continue;
+        }
+        let (window, rest) = window_of(&name).unwrap_or_else(|| panic!("{run_name}: what is `{name}`?"));
+        let step_of = |rest: &str| rest.strip_prefix("step")?.split_once('.')?.0.parse::<usize>().ok();
+        // What belongs to the reference frame is encoded once, so an earlier window may have recorded it.
+        let recorded_for =
+            |rest: &str| (0..=window).rev().find_map(|w| recorded.get(&format!("w{w}.{rest}"))).cloned();
+        let ours = if rest == "noise" || rest.starts_with("motion_noise.") {
+            continue; // random numbers of the reference: the first is our input, nothing reads the second
+        } else if rest == "ref_target_masks" {
+            run.conditioning.masks.clone()
+        } else if let Some(call) = rest.strip_prefix("apg.") {
+            let call = window * apg_calls + call.parse::<usize>().expect("apg.N");
+            recorded.get(&format!("apg.{call}")).cloned()
+        } else if let (Some(step), true) = (step_of(rest), rest.ends_with(".t")) {
+            Some(Tensor::new(&[ts[step]], &Device::Cpu).unwrap())
+        } else if let Some(step) = step_of(rest) {
+            // The reference runs every pass, even one that is multiplied by zero.
+            let pass = rest.split_once(".pass").and_then(|(_, pass)| pass.parse::<usize>().ok());
+            match (recorded.get(&name), pass) {
+                (None, Some(pass)) if pass >= sampling.guidance.branches().len() => {
+                    Some(unneeded_pass(run, networks, window, step, pass))
+                }
+                (ours, _) => ours.cloned(),
+            }
+        } else {
+            recorded_for(rest)
+        };
+        let ours = ours.unwrap_or_else(|| panic!("{run_name}: `{name}` was not recorded"));
+        // The reference keeps a batch of one where we have none.
+        let ours = match ours.rank() < expected.rank() {
+            true => ours.unsqueeze(0).unwrap(),
+            false => ours,
+        };
+        check(
+            &format!("pipeline, window {}", ["0", "1", "2+"][window.min(2)]),
+            "f32",
+            &format!("{run_name} {name}"),
+            &ours,
+            &expected,
+            tolerance(window),
+        );
+    }
+}
+
+fn compare_video(run: &str, ours: &Tensor, expected: &Tensor, sampling: &Sampling) {
+    assert_eq!(ours.dims(), expected.dims(), "{run}: shape of the video");
+    let frames = expected.dim(1).unwrap();
+    let stride = sampling.frames_per_window - sampling.motion_frames;
+    let (mut from, mut to, mut window) = (0, sampling.frames_per_window, 0);
+    while from < frames {
+        let len = to.min(frames) - from;
+        let part = |video: &Tensor| video.narrow(1, from, len).unwrap();
+        let network = format!("pipeline, window {}", ["0", "1", "2+"][window.min(2)]);
+        let name = format!("{run} out.video[{from}..{}]", from + len);
+        check(&network, "f32", &name, &part(ours), &part(expected), tolerance(window));
+        (from, to, window) = (to, to + stride, window + 1);
+    }
+}
+
+#[test]
+fn every_golden_run() {
+    let component = Component::open("pipeline");
+    let config = component.config();
+    let networks = networks(&config);
+    for name in config["runs"].as_object().expect("runs").keys() {
+        compare(&Run::open(&component, name), &networks);
+    }
+    component.finish();
+}
+
+/// The golden run of the most steps: the first and the last step hardly depend on the shift.
+fn longest_run(component: &Component, config: &Value) -> Run {
+    let runs = config["runs"].as_object().expect("runs").keys().map(|name| Run::open(component, name));
+    runs.max_by_key(|run| run.sampling.num_steps).expect("a run")
+}
+
+/// A golden run, changed by `change`, must leave the tolerance.
+fn noticed(change: impl FnOnce(&mut Run)) {
+    let component = Component::open("pipeline");
+    let config = component.config();
+    let mut run = longest_run(&component, &config);
+    change(&mut run);
+    let (video, _) = run.generate(&networks(&config));
+    let expected = run.io.f32("out.video");
+    let frames = video.dim(1).unwrap().min(expected.dim(1).unwrap());
+    let part = |video: &Tensor| video.narrow(1, 0, frames).unwrap();
+    assert!(relative_error(&part(&video), &part(&expected)) > TOLERANCES[0]);
+}
+
+#[test]
+fn a_wrong_shift_is_noticed() {
+    noticed(|run| run.sampling.shift *= 2.0);
+}
+
+#[test]
+fn a_missing_colour_match_is_noticed() {
+    noticed(|run| run.sampling.color_correction = f64::from(run.sampling.color_correction == 0.0));
+}
+
+#[test]
+fn an_audio_one_frame_late_is_noticed() {
+    noticed(|run| {
+        for embeds in &mut run.conditioning.audio_embeds {
+            let rest = embeds.narrow(0, 0, embeds.dim(0).unwrap() - 1).unwrap();
+            *embeds = Tensor::cat(&[&embeds.narrow(0, 0, 1).unwrap(), &rest], 0).unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_cancelled_generation_ends_with_that_error() {
+    let component = Component::open("pipeline");
+    let config = component.config();
+    let run = longest_run(&component, &config);
+    let cancel = Cancel::default();
+    let mut steps = 0;
+    let mut progress = |p: talkie::pipeline::Progress| {
+        steps += usize::from(p.stage == talkie::pipeline::Stage::Denoise);
+        cancel.cancel();
+    };
+    let mut control = Control { cancel: &cancel, progress: &mut progress };
+    let mut noise = |w: usize, _| Ok(run.io.f32(&format!("w{w}.noise")));
+    let result = generate_windows(
+        &networks(&config),
+        &run.conditioning,
+        &run.sampling,
+        &mut noise,
+        &mut control,
+        &mut |_| panic!("no window was finished"),
+    );
+    assert_eq!(result.unwrap_err().kind(), talkie::ErrorKind::Cancelled);
+    assert_eq!(steps, 1, "the step after the cancellation does not start");
+}
