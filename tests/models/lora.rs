@@ -11,8 +11,9 @@ use crate::support::{Component, GoldenFile, check, relative_error, root};
 
 const TOLERANCE: f64 = 1e-4;
 
-/// One step of bf16 at the largest value: the sums of a product run in another order.
-const TOLERANCE_BF16: f64 = 1.0 / 128.0;
+/// Two steps of bf16 at the largest value: the reference rounds the product, its multiple and the sum, each of which
+/// can end half a step from ours.
+const TOLERANCE_BF16: f64 = 1.0 / 64.0;
 
 const NONE: [&str; 0] = [];
 
