@@ -108,18 +108,6 @@ impl Conv2d {
         Self::from_parts(weight, Some(vb.get(channels.1, "bias")?), stride, padding)
     }
 
-    /// Loads `weight` (out, in, kh, kw) below `vb`; there is no bias.
-    pub fn no_bias(
-        channels: (usize, usize),
-        kernel: (usize, usize),
-        stride: usize,
-        padding: Padding2d,
-        vb: VarBuilder,
-    ) -> Result<Self> {
-        let weight = vb.get((channels.1, channels.0, kernel.0, kernel.1), "weight")?;
-        Self::from_parts(weight, None, stride, padding)
-    }
-
     /// Loads `weight` (out, in, 3, 3) and `bias` (out) below `vb`, for a convolution with padding 1 of an image
     /// whose rows and columns are first repeated (nearest neighbour, factor 2): `forward` maps (B, H, W, in) to
     /// (B, 2 H, 2 W, out), and the larger image is never made.
@@ -157,18 +145,6 @@ impl Conv2d {
 pub struct Conv1d(Layer);
 
 impl Conv1d {
-    /// Loads `weight` (out, in, k) and `bias` (out) below `vb`; `channels` = (in, out).
-    pub fn new(channels: (usize, usize), kernel: usize, stride: usize, vb: VarBuilder) -> Result<Self> {
-        let weight = vb.get((channels.1, channels.0, kernel), "weight")?;
-        Ok(Self::from_parts(weight, Some(vb.get(channels.1, "bias")?), stride, 1))
-    }
-
-    /// Loads `weight` (out, in, k) below `vb`; there is no bias.
-    pub fn no_bias(channels: (usize, usize), kernel: usize, stride: usize, vb: VarBuilder) -> Result<Self> {
-        let weight = vb.get((channels.1, channels.0, kernel), "weight")?;
-        Ok(Self::from_parts(weight, None, stride, 1))
-    }
-
     /// A layer of `weight` (out, in / groups, k) and `bias` (out).
     pub fn from_parts(weight: Tensor, bias: Option<Tensor>, stride: usize, groups: usize) -> Self {
         // A weight of another rank stays as it is: `forward` then says so.
