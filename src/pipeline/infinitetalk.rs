@@ -86,18 +86,6 @@ struct Scene {
     y: Tensor,
 }
 
-/// The loop's state between windows.
-struct Windows<'a> {
-    networks: &'a Networks,
-    conditioning: &'a Conditioning,
-    sampling: &'a Sampling,
-    plan: Plan,
-    scene: Option<Scene>,
-    no_audio: wan::Audio,
-    /// The last frames of the window before, (3, M, H, W).
-    motion: Option<Tensor>,
-}
-
 /// Makes the video window by window and hands each window's new frames (3, F, H, W) in [−1, 1] to `sink`, in
 /// order; nothing of a window is kept but its motion frames. Returns how many frames were made.
 ///
@@ -113,34 +101,72 @@ pub fn generate_windows(
     control: &mut Control,
     sink: &mut dyn FnMut(Tensor) -> Result<()>,
 ) -> Result<usize> {
-    let lens = conditioning.audio_embeds.iter().map(|e| e.dim(0)).collect::<candle_core::Result<Vec<_>>>()?;
-    let plan = Plan::new(sampling.frames_per_window, sampling.motion_frames, &lens, sampling.max_frames)?;
-    let Some(first) = conditioning.audio_embeds.first() else {
-        return Err(Error::new(ErrorKind::MissingField, "there is no audio embedding"));
-    };
-    let silent = gather(&[first.zeros_like()?], 0, sampling.frames_per_window)?;
-    let no_audio = networks.dit.encode_audio(&silent)?;
-    let total_frames = plan.total_frames();
-    let mut windows = Windows { networks, conditioning, sampling, plan, scene: None, no_audio, motion: None };
-    for window in windows.plan.windows() {
-        let video = windows.make(window, noise, control)?; // (3, F, H, W)
+    let mut maker = WindowMaker::new(networks, conditioning, sampling)?;
+    let mut motion: Option<Tensor> = None;
+    for window in maker.plan.windows() {
+        let video = maker.make(window, motion.as_ref(), noise, control)?; // (3, F, H, W)
         let keep = sampling.motion_frames;
-        windows.motion = Some(video.narrow(1, sampling.frames_per_window - keep, keep)?.contiguous()?);
+        motion = Some(video.narrow(1, sampling.frames_per_window - keep, keep)?.contiguous()?);
         sink(video.narrow(1, window.skip, window.take)?)?;
     }
-    Ok(total_frames)
+    Ok(maker.plan.total_frames())
 }
 
-impl Windows<'_> {
-    /// All F frames of a window, (3, F, H, W) in [−1, 1], after colour matching.
-    fn make(&mut self, window: Window, noise: &mut Noise, control: &mut Control) -> Result<Tensor> {
+/// Makes single windows; what the reference frame determines is kept from one to the next.
+pub struct WindowMaker<'a> {
+    networks: &'a Networks,
+    conditioning: &'a Conditioning,
+    sampling: &'a Sampling,
+    plan: Plan,
+    scene: Option<Scene>,
+    no_audio: wan::Audio,
+}
+
+impl<'a> WindowMaker<'a> {
+    /// Plans the windows.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for settings that do not fit together, [`ErrorKind::MissingField`] without audio.
+    pub fn new(
+        networks: &'a Networks,
+        conditioning: &'a Conditioning,
+        sampling: &'a Sampling,
+    ) -> Result<Self> {
+        let Some(first) = conditioning.audio_embeds.first() else {
+            return Err(Error::new(ErrorKind::MissingField, "there is no audio embedding"));
+        };
+        let lens =
+            conditioning.audio_embeds.iter().map(|e| e.dim(0)).collect::<candle_core::Result<Vec<_>>>()?;
+        let plan = Plan::new(sampling.frames_per_window, sampling.motion_frames, &lens, sampling.max_frames)?;
+        let silent = gather(&[first.zeros_like()?], 0, sampling.frames_per_window)?;
+        let no_audio = networks.dit.encode_audio(&silent)?;
+        Ok(Self { networks, conditioning, sampling, plan, scene: None, no_audio })
+    }
+
+    /// The windows that make the video.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// All F frames of a window, (3, F, H, W) in [−1, 1], after colour matching. `motion` (3, M, H, W) are the last
+    /// frames of the window before, none for the first.
+    ///
+    /// # Errors
+    /// Those of [`generate_windows`].
+    pub fn make(
+        &mut self,
+        window: Window,
+        motion: Option<&Tensor>,
+        noise: &mut Noise,
+        control: &mut Control,
+    ) -> Result<Tensor> {
         let w = window.index;
         let audio = self.audio(window)?;
         self.enter_scene(window)?;
         let Some(scene) = &self.scene else {
             return Err(Error::new(ErrorKind::InvalidInput, "there is no reference frame"));
         };
-        let motion_latents = match &self.motion {
+        let motion_latents = match motion {
             // The VAE is causal: the first latent frame of the padded clip is that of the frame alone.
             None => scene.y.narrow(0, 4, scene.y.dim(0)? - 4)?.narrow(1, 0, 1)?.contiguous()?,
             Some(motion) => {

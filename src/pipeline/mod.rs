@@ -13,7 +13,7 @@ pub mod windows;
 
 pub use generate::{Inputs, Timings, Video, num_frames};
 pub use guidance::{Apg, Branch, Combine, Guidance, orthogonal};
-pub use infinitetalk::{Conditioning, Control, Networks, Noise, Sampling, generate_windows};
+pub use infinitetalk::{Conditioning, Control, Networks, Noise, Sampling, WindowMaker, generate_windows};
 pub use load::{LoadOptions, Pipeline, stored_files};
 pub use plan::{Plan, Window};
 pub use progress::{Cancel, Progress, Stage};
