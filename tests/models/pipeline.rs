@@ -210,9 +210,22 @@ fn unneeded_pass(run: &Run, networks: &Networks, window: usize, step: usize, pas
     dit.forward(&latents, &y, f64::from(t), &context, &audio, masks).unwrap()
 }
 
+/// Each window of a free run starts on the last frames of the one before, to the bit.
+fn check_motion_is_carried(run: &Run, made: &Made) {
+    let motion_frames = run.sampling.motion_frames;
+    for window in 1..run.settings["windows"].as_array().expect("windows").len() {
+        let recorded = |name: String| &made.recorded[&name];
+        let before = recorded(format!("w{}.corrected", window - 1));
+        let last = before.narrow(1, before.dim(1).unwrap() - motion_frames, motion_frames).unwrap();
+        let error = relative_error(recorded(format!("w{window}.cond_frame")), &last);
+        assert_eq!(error, 0.0, "{}: motion frames of window {window}", run.name);
+    }
+}
+
 /// Compares everything the golden run holds with what we made and recorded.
 fn compare(run: &Run, networks: &Networks) {
     let made = [run.generate(networks), run.generate_fed(networks)];
+    check_motion_is_carried(run, &made[0]);
     let Run { io, name: run_name, settings, sampling, .. } = run;
     let num_windows = settings["windows"].as_array().expect("windows").len();
     let apg_calls = made[0].recorded.keys().filter(|k| k.starts_with("apg.")).count() / num_windows;
