@@ -110,18 +110,22 @@ impl Config {
 }
 
 /// A value that a flag or a variable may have set.
-struct Setting<'a> {
+pub(crate) struct Setting<'a> {
     variable: &'static str,
     value: Option<&'a str>,
 }
 
 impl<'a> Setting<'a> {
     /// An empty variable is one that is not set: compose files pass those on.
-    fn new(variable: &'static str, value: &'a Option<String>) -> Self {
+    pub(crate) fn new(variable: &'static str, value: &'a Option<String>) -> Self {
         Self { variable, value: value.as_deref().map(str::trim).filter(|v| !v.is_empty()) }
     }
 
-    fn parse<T: std::str::FromStr>(
+    /// The value, or `default`.
+    ///
+    /// # Errors
+    /// [`Code::InvalidInput`] naming flag, variable, value and expectation.
+    pub(crate) fn parse<T: std::str::FromStr>(
         &self,
         expected: &str,
         default: T,

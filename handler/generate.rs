@@ -1,19 +1,28 @@
 //! The seam to the inference library: which model, which inputs, and the one call that makes a video.
 
+use std::fs::File;
+use std::io;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use candle_core::Device;
 use clap::ValueEnum;
-use talkie::device::{self, Preference};
+use reqwest::Url;
+use sha2::{Digest, Sha256};
+use talkie::device::Preference;
 use talkie::media::audio::{self, Voice};
 use talkie::media::image::{self, Portrait};
 use talkie::pipeline::{
     Cancel, Control, Inputs, LoadOptions, Pipeline, Progress, Settings, Video, stored_files,
 };
 use talkie::registry::{ModelSpec, Registry};
+use talkie::request::{FPS, GenerateRequest, MediaSource, Medium};
 use talkie::{Error, ErrorKind, Result};
 
 use crate::config::Config;
+use crate::job::{Code, JobError, JobOutput, PeakMemory, Timings};
+use crate::memory::peak_host_bytes;
 
 /// The model that runs where no weights are installed.
 const FALLBACK: &str = "tiny";
@@ -70,10 +79,40 @@ impl Model {
     }
 }
 
+impl Model {
+    /// Why a model that stands in shows no face; `storage` is where no weights are.
+    pub fn stand_in_warning(&self, storage: &Path) -> String {
+        let (storage, name) = (storage.display(), &self.spec.name);
+        format!("no weights are installed in {storage}: using `{name}`, which is untrained and shows no face")
+    }
+}
+
 /// Whether every file of `spec` lies in `storage`. A model without files is no one's installed model.
 fn is_installed(spec: &ModelSpec, storage: &Path, speakers: usize) -> bool {
     let mut files = stored_files(storage, spec.files(speakers, &[])).peekable();
     files.peek().is_some() && files.all(|file| file.is_file())
+}
+
+/// Decodes a portrait within the limits of `config`.
+///
+/// # Errors
+/// The image kinds of [`ErrorKind`].
+pub fn open_image(image: &[u8], config: &Config) -> Result<Portrait> {
+    let limits = image::Limits { max_bytes: config.limits.image_bytes, ..image::Limits::default() };
+    Portrait::open(image, &limits)
+}
+
+/// Decodes a voice within the limits of `config`.
+///
+/// # Errors
+/// The audio kinds of [`ErrorKind`].
+pub fn open_voice(voice: Vec<u8>, config: &Config) -> Result<Voice> {
+    let limits = audio::Limits {
+        max_bytes: config.limits.audio_bytes,
+        max_seconds: config.max_audio_seconds.map(f64::from),
+        ..audio::Limits::default()
+    };
+    Voice::open(voice.into(), &limits)
 }
 
 /// Decodes the image and one or two voices. Beside them there are warnings.
@@ -81,15 +120,8 @@ fn is_installed(spec: &ModelSpec, storage: &Path, speakers: usize) -> bool {
 /// # Errors
 /// The image and audio kinds of [`ErrorKind`].
 pub fn open_inputs(image: &[u8], voices: Vec<Vec<u8>>, config: &Config) -> Result<(Inputs, Vec<String>)> {
-    let image_limits = image::Limits { max_bytes: config.limits.image_bytes, ..image::Limits::default() };
-    let audio_limits = audio::Limits {
-        max_bytes: config.limits.audio_bytes,
-        max_seconds: config.max_audio_seconds.map(f64::from),
-        ..audio::Limits::default()
-    };
-    let portrait = Portrait::open(image, &image_limits)?;
-    let voices = voices.into_iter().map(|bytes| Voice::open(bytes.into(), &audio_limits));
-    let voices = voices.collect::<Result<Vec<_>>>()?;
+    let portrait = open_image(image, config)?;
+    let voices = voices.into_iter().map(|bytes| open_voice(bytes, config)).collect::<Result<Vec<_>>>()?;
     let warnings =
         voices.iter().flat_map(|voice| voice.facts().warnings.iter().map(ToString::to_string)).collect();
     let mut voices = voices.into_iter();
@@ -99,14 +131,49 @@ pub fn open_inputs(image: &[u8], voices: Vec<Vec<u8>>, config: &Config) -> Resul
     Ok((Inputs { portrait, voice, second_voice: voices.next() }, warnings))
 }
 
+/// How often waiting work looks whether it was cancelled.
+const CANCEL_POLL: Duration = Duration::from_millis(50);
+
+/// Takes the media out of `request`, since a second copy of them has no use: the image, then the voices.
+pub fn take_media(request: &mut GenerateRequest) -> Vec<(&'static str, Medium, MediaSource)> {
+    let take = |source: &mut MediaSource| std::mem::replace(source, MediaSource::Bytes(Vec::new()));
+    let mut media = vec![
+        ("image", Medium::Image, take(&mut request.image)),
+        ("audio", Medium::Audio, take(&mut request.audio)),
+    ];
+    media.extend(request.audio_2.as_mut().map(|source| ("audio_2", Medium::Audio, take(source))));
+    media
+}
+
+/// Ends when `cancel` was called.
+pub async fn cancelled(cancel: &Cancel) -> JobError {
+    let mut poll = tokio::time::interval(CANCEL_POLL);
+    loop {
+        if let Err(e) = cancel.check() {
+            return e.into();
+        }
+        poll.tick().await;
+    }
+}
+
+/// Runs code that reads what came from outside, or computes with it; a panic there is a failure of this job alone.
+///
+/// # Errors
+/// Those of `work`; [`Code::Internal`] when it panics.
+pub fn contained<T>(work: impl FnOnce() -> Result<T>) -> Result<T, JobError> {
+    match panic::catch_unwind(AssertUnwindSafe(work)) {
+        Ok(done) => Ok(done?),
+        Err(_) => Err(JobError::new(Code::Internal, "the generation failed in a way that was not foreseen")
+            .with_hint("please report this with the lines above and the input")),
+    }
+}
+
 /// All that a video is made of.
 pub struct Job<'a> {
     /// The model.
     pub spec: &'a ModelSpec,
     /// Folder of the weights.
     pub storage: &'a Path,
-    /// Where the networks run.
-    pub device: DeviceChoice,
     /// What is asked for.
     pub settings: &'a Settings,
     /// The opened image and voices.
@@ -119,21 +186,188 @@ pub struct Job<'a> {
     pub progress: &'a mut dyn FnMut(Progress),
 }
 
-/// Loads the model and makes the video, on the calling thread. Beside it there is the time that loading took.
+/// What came of a [`Job`].
+#[derive(Debug)]
+pub struct Made {
+    /// The video.
+    pub video: Video,
+    /// How long the model took to load; `None` where it was there.
+    pub load: Option<Duration>,
+}
+
+/// Makes videos on one device, and keeps the model of the last one.
+pub struct Generator {
+    device: Device,
+    kept: Option<Kept>,
+}
+
+struct Kept {
+    model: String,
+    speakers: usize,
+    loras: Vec<String>,
+    pipeline: Pipeline,
+}
+
+impl Generator {
+    /// A generator without a model.
+    pub fn new(device: Device) -> Self {
+        Self { device, kept: None }
+    }
+
+    /// Whether it computes on a GPU.
+    pub fn is_on_gpu(&self) -> bool {
+        !self.device.is_cpu()
+    }
+
+    /// Makes the video, on the calling thread; loads the model unless the last video was made by the same one. A
+    /// model that ran out of memory or panicked is not kept.
+    ///
+    /// # Errors
+    /// Any [`ErrorKind`] but those of requests and media.
+    pub fn run(&mut self, job: Job<'_>) -> Result<Made> {
+        let speakers = if job.inputs.second_voice.is_some() { 2 } else { 1 };
+        let (model, loras) = (&job.spec.name, &job.settings.loras);
+        let fits = |kept: &Kept| kept.model == *model && kept.speakers == speakers && kept.loras == *loras;
+        // What does not fit is dropped here, before its successor needs the memory.
+        let kept = self.kept.take().filter(fits);
+        let (kept, load) = match kept {
+            Some(kept) => (kept, None),
+            None => {
+                let began = Instant::now();
+                let options = LoadOptions { storage: job.storage, speakers, loras, device: &self.device };
+                let pipeline =
+                    Pipeline::load(job.spec, options, job.cancel, job.progress).map_err(classify)?;
+                let kept = Kept { model: model.clone(), speakers, loras: loras.clone(), pipeline };
+                (kept, Some(began.elapsed()))
+            }
+        };
+        let control = Control { cancel: job.cancel, progress: job.progress };
+        let made = kept.pipeline.generate(job.settings, job.inputs, job.output, control).map_err(classify);
+        let spoilt = |e: &Error| matches!(e.kind(), ErrorKind::OutOfMemory | ErrorKind::DeviceUnavailable);
+        if !made.as_ref().is_err_and(spoilt) {
+            self.kept = Some(kept);
+        }
+        Ok(Made { video: made?, load })
+    }
+}
+
+/// [`Error::reason`] of a device that this process can use no more.
+pub const DEVICE_BROKEN: &str = "DEVICE_BROKEN";
+
+/// Errors of CUDA after which every further call in this process fails, as NVIDIA's manual of the driver says
+/// of each: "the process must be terminated and relaunched".
+const STICKY: [&str; 12] = [
+    "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "CUDA_ERROR_LAUNCH_TIMEOUT",
+    "CUDA_ERROR_ASSERT",
+    "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    "CUDA_ERROR_MISALIGNED_ADDRESS",
+    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    "CUDA_ERROR_INVALID_PC",
+    "CUDA_ERROR_LAUNCH_FAILED",
+    "CUDA_ERROR_ECC_UNCORRECTABLE",
+    "CUDA_ERROR_NVLINK_UNCORRECTABLE",
+    "CUDA_ERROR_CONTEXT_IS_DESTROYED",
+];
+
+/// Tells the two errors of a GPU that are not the job's own from those that are, by the driver's names for them.
+pub fn classify(e: Error) -> Error {
+    if e.kind() != ErrorKind::Inference {
+        return e;
+    }
+    let text = e.to_string();
+    if text.contains("CUDA_ERROR_OUT_OF_MEMORY") {
+        let hint = "ask for 480p, or for fewer `frames_per_window`";
+        return Error::new(ErrorKind::OutOfMemory, "the GPU has too little free memory for this video")
+            .with_hint(hint)
+            .with_source(e);
+    }
+    match STICKY.into_iter().find(|name| text.contains(name)) {
+        Some(name) => {
+            let message = format!("the GPU is in a state that only a new process mends ({name})");
+            Error::new(ErrorKind::DeviceUnavailable, message).with_reason(DEVICE_BROKEN).with_source(e)
+        }
+        None => e,
+    }
+}
+
+/// What is known of a video once its file at `path` is complete.
 ///
 /// # Errors
-/// Any [`ErrorKind`] but those of requests and media.
-pub fn run(job: Job<'_>) -> Result<(Video, std::time::Duration)> {
-    let began = Instant::now();
-    let device = device::select(job.device.into())?;
-    let options = LoadOptions {
-        storage: job.storage,
-        speakers: if job.inputs.second_voice.is_some() { 2 } else { 1 },
-        loras: &job.settings.loras,
-        device: &device,
+/// [`Code::EncodeFailed`] when the file cannot be read back.
+pub fn describe(request: &GenerateRequest, path: &Path, video: &Video) -> Result<JobOutput, JobError> {
+    let (size_bytes, sha256) = hash(path)
+        .map_err(|e| JobError::new(Code::EncodeFailed, format!("the video cannot be read back: {e}")))?;
+    Ok(JobOutput {
+        size_bytes,
+        sha256,
+        duration_s: video.frames as f64 / f64::from(FPS),
+        frames: video.frames,
+        fps: FPS,
+        width: video.size.width,
+        height: video.size.height,
+        seed: video.seed,
+        preset: request.preset.map(|preset| preset.as_str().to_string()),
+        timings: Timings {
+            audio_ms: ms(video.timings.audio),
+            encode_ms: ms(video.timings.encode),
+            denoise_ms: ms(video.timings.denoise),
+            per_step_ms: ms(video.timings.per_step),
+            decode_ms: ms(video.timings.decode),
+            mux_ms: ms(video.timings.mux),
+            ..Timings::default()
+        },
+        peak_memory: PeakMemory { host_bytes: peak_host_bytes(), device_bytes: None },
+        ..JobOutput::default()
+    })
+}
+
+/// Length and SHA-256 of a file.
+fn hash(path: &Path) -> io::Result<(u64, String)> {
+    let mut hasher = Sha256::new();
+    let len = io::copy(&mut File::open(path)?, &mut hasher)?;
+    Ok((len, hex::encode(hasher.finalize())))
+}
+
+/// Whole milliseconds.
+pub fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The `file:` URL and the absolute path of a file that exists.
+///
+/// # Errors
+/// [`Code::Internal`] for a path that no URL can hold.
+pub fn file_url(path: &Path) -> Result<(String, String), JobError> {
+    let absolute = std::path::absolute(path).map_err(|e| unwritable(path, &e))?;
+    let url = Url::from_file_path(&absolute)
+        .map_err(|()| JobError::new(Code::Internal, format!("{} has no URL", absolute.display())))?;
+    Ok((url.into(), absolute.display().to_string()))
+}
+
+/// Why the file at `path` could not be written.
+pub fn unwritable(path: &Path, e: &io::Error) -> JobError {
+    let code = match e.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::InsufficientDisk,
+        _ => Code::EncodeFailed,
     };
-    let pipeline = Pipeline::load(job.spec, options, job.cancel, job.progress)?;
-    let loaded = began.elapsed();
-    let control = Control { cancel: job.cancel, progress: job.progress };
-    Ok((pipeline.generate(job.settings, job.inputs, job.output, control)?, loaded))
+    JobError::new(code, format!("{} cannot be written: {e}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_gpus_own_errors_are_told_from_the_jobs() {
+        let inference = |text: &str| classify(Error::new(ErrorKind::Inference, text));
+        let oom = inference("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
+        assert_eq!((oom.kind(), oom.reason()), (ErrorKind::OutOfMemory, None));
+        let broken = inference("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access\")");
+        assert_eq!((broken.kind(), broken.reason()), (ErrorKind::DeviceUnavailable, Some(DEVICE_BROKEN)));
+        assert_eq!(inference("shape mismatch in matmul").kind(), ErrorKind::Inference);
+        let other = classify(Error::new(ErrorKind::Encode, "CUDA_ERROR_ILLEGAL_ADDRESS"));
+        assert_eq!(other.kind(), ErrorKind::Encode);
+    }
 }

@@ -18,6 +18,7 @@ use reqwest::redirect;
 use reqwest::{Client, Response, Url};
 use talkie::request::{Limits, Medium, redact_url};
 
+use crate::faults::kill_point;
 use crate::job::{Code, JobError};
 
 /// Redirects that are followed.
@@ -79,23 +80,7 @@ impl Fetcher {
                 Err(refused) => attempt.error(refused),
             }
         });
-        let client = Client::builder()
-            .no_proxy()
-            .referer(false)
-            .redirect(follow)
-            .dns_resolver(Guard { allow_private })
-            .connect_timeout(policy.connect_timeout)
-            .read_timeout(policy.idle_timeout)
-            .timeout(policy.total_timeout)
-            // A kept connection would outlive the check of its address.
-            .pool_max_idle_per_host(0)
-            .user_agent(concat!("talkie/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .map_err(|e| {
-                JobError::new(Code::Internal, format!("HTTPS cannot be set up: {}", chain(&e)))
-                    .with_hint("install the root certificates of this system (ca-certificates)")
-            })?;
-        Ok(Self { client, policy })
+        Ok(Self { client: guarded_client(&policy, follow)?, policy })
     }
 
     /// Fetches the file at `url` for the field `name`.
@@ -103,10 +88,7 @@ impl Fetcher {
     /// # Errors
     /// [`Code::UrlNotAllowed`], [`Code::DownloadFailed`], [`Code::ImageTooLarge`], [`Code::AudioTooLarge`].
     pub async fn fetch(&self, name: &str, medium: Medium, url: &str) -> Result<Vec<u8>, JobError> {
-        let shown = redact_url(url);
-        let parsed =
-            Url::parse(url).map_err(|e| not_allowed(name, &shown, &format!("is not a URL ({e})")))?;
-        check_url(&parsed, self.policy.allow_private).map_err(|e| not_allowed(name, &shown, &e.0))?;
+        let (shown, parsed) = (redact_url(url), parse_url(name, url, self.policy.allow_private)?);
         let started = Instant::now();
         let response = self.client.get(parsed).send().await.map_err(|e| failed(name, &shown, e))?;
         self.check_response(name, medium, &shown, &response)?;
@@ -152,6 +134,7 @@ impl Fetcher {
             let len = (bytes.len() + piece.len()) as u64;
             self.policy.limits.check(medium, name, len)?;
             bytes.extend_from_slice(&piece);
+            kill_point("K15");
             let elapsed = started.elapsed();
             if elapsed > SLOW_START && len < elapsed.as_secs() * MIN_BYTES_PER_SECOND {
                 let message = format!("`{name}` at {shown} came with {len} bytes in {} s", elapsed.as_secs());
@@ -164,6 +147,28 @@ impl Fetcher {
         }
         Ok(bytes)
     }
+}
+
+/// A client for addresses that a request names: it asks nobody inside, and follows redirects as `follow` says.
+///
+/// # Errors
+/// [`Code::Internal`] when TLS cannot be set up.
+pub(crate) fn guarded_client(policy: &FetchPolicy, follow: redirect::Policy) -> Result<Client, JobError> {
+    let client = Client::builder()
+        .no_proxy()
+        .referer(false)
+        .redirect(follow)
+        .dns_resolver(Guard { allow_private: policy.allow_private })
+        .connect_timeout(policy.connect_timeout)
+        .read_timeout(policy.idle_timeout)
+        .timeout(policy.total_timeout)
+        // A kept connection would outlive the check of its address.
+        .pool_max_idle_per_host(0)
+        .user_agent(concat!("talkie/", env!("CARGO_PKG_VERSION")));
+    client.build().map_err(|e| {
+        JobError::new(Code::Internal, format!("HTTPS cannot be set up: {}", chain(&e)))
+            .with_hint("install the root certificates of this system (ca-certificates)")
+    })
 }
 
 /// Reads the local file at `path` for the field `name`; its size is looked at first.
@@ -195,7 +200,7 @@ pub fn read_file(name: &str, medium: Medium, path: &Path, limits: &Limits) -> Re
 
 /// Why an address is not visited, as the rest of a sentence that starts with the address.
 #[derive(Debug)]
-struct Refused(String);
+pub(crate) struct Refused(pub(crate) String);
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -206,8 +211,8 @@ impl fmt::Display for Refused {
 impl StdError for Refused {}
 
 /// Resolves names, and refuses those that lead inside.
-struct Guard {
-    allow_private: bool,
+pub(crate) struct Guard {
+    pub(crate) allow_private: bool,
 }
 
 impl Resolve for Guard {
@@ -215,18 +220,36 @@ impl Resolve for Guard {
         let allow_private = self.allow_private;
         Box::pin(async move {
             let found: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
-            if !allow_private && !found.iter().all(|a| is_public(a.ip())) {
-                return Err(
-                    Refused("has a name that leads to an address that is not public".to_string()).into()
-                );
+            if !allow_private {
+                check_answer(&found)?;
             }
+            // The connection is made to these and to no others: a second answer is never asked for.
             Ok(Box::new(found.into_iter()) as Addrs)
         })
     }
 }
 
+/// The URL that `text` is, of the field `name`, if it may be visited as far as its text tells.
+///
+/// # Errors
+/// [`Code::UrlNotAllowed`].
+pub(crate) fn parse_url(name: &str, text: &str, allow_private: bool) -> Result<Url, JobError> {
+    let shown = redact_url(text);
+    let url = Url::parse(text).map_err(|e| not_allowed(name, &shown, &format!("is not a URL ({e})")))?;
+    check_url(&url, allow_private).map_err(|e| not_allowed(name, &shown, &e.0))?;
+    Ok(url)
+}
+
+/// Judges a resolver's answer: one address that is not public condemns the name.
+fn check_answer(found: &[SocketAddr]) -> Result<(), Refused> {
+    match found.iter().all(|address| is_public(address.ip())) {
+        true => Ok(()),
+        false => Err(Refused("has a name that leads to an address that is not public".to_string())),
+    }
+}
+
 /// Whether `url` may be visited, as far as its text tells.
-fn check_url(url: &Url, allow_private: bool) -> Result<(), Refused> {
+pub(crate) fn check_url(url: &Url, allow_private: bool) -> Result<(), Refused> {
     let refused = |why: &str| Err(Refused(why.to_string()));
     if !matches!(url.scheme(), "http" | "https") {
         return refused("has another scheme than http and https");
@@ -258,7 +281,7 @@ fn is_inside_name(host: &str) -> bool {
 }
 
 /// Whether `address` is one of the public Internet.
-fn is_public(address: IpAddr) -> bool {
+pub(crate) fn is_public(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => is_public_v4(address),
         IpAddr::V6(address) => is_public_v6(address),
@@ -326,7 +349,7 @@ fn failed(name: &str, shown: &str, e: reqwest::Error) -> JobError {
 }
 
 /// An error with its causes, in one line.
-fn chain(e: &dyn StdError) -> String {
+pub(crate) fn chain(e: &dyn StdError) -> String {
     let mut text = e.to_string();
     let mut cause = e.source();
     while let Some(inner) = cause {
@@ -436,6 +459,20 @@ mod tests {
             "http://[2001:db8::1]/",
         ] {
             assert!(!allowed(url), "{url}");
+        }
+    }
+
+    #[test]
+    fn fault_49_one_inside_address_in_an_answer_condemns_the_name() {
+        let answer = |texts: &[&str]| -> Vec<SocketAddr> {
+            texts.iter().map(|text| SocketAddr::new(text.parse().unwrap(), 0)).collect()
+        };
+        assert!(check_answer(&answer(&["93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946"])).is_ok());
+        for inside in
+            ["127.0.0.1", "10.1.2.3", "169.254.169.254", "::1", "::ffff:10.0.0.1", "fd00::1", "2002:a00::1"]
+        {
+            assert!(check_answer(&answer(&["93.184.216.34", inside])).is_err(), "{inside}");
+            assert!(check_answer(&answer(&[inside, "93.184.216.34"])).is_err(), "{inside}");
         }
     }
 

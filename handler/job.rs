@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 use talkie::ErrorKind;
 
@@ -30,7 +30,17 @@ pub enum Code {
     GpuOutOfMemory,
     NumericFailure,
     EncodeFailed,
+    UploadFailed,
+    PresignFailed,
+    WorkerLost,
+    Timeout,
     Cancelled,
+    QueueFull,
+    StoreFull,
+    IdempotencyConflict,
+    Unauthorized,
+    RateLimited,
+    NotFound,
     Internal,
 }
 
@@ -56,7 +66,17 @@ impl Code {
             Self::GpuOutOfMemory => "GPU_OUT_OF_MEMORY",
             Self::NumericFailure => "NUMERIC_FAILURE",
             Self::EncodeFailed => "ENCODE_FAILED",
+            Self::UploadFailed => "UPLOAD_FAILED",
+            Self::PresignFailed => "PRESIGN_FAILED",
+            Self::WorkerLost => "WORKER_LOST",
+            Self::Timeout => "TIMEOUT",
             Self::Cancelled => "CANCELLED",
+            Self::QueueFull => "QUEUE_FULL",
+            Self::StoreFull => "STORE_FULL",
+            Self::IdempotencyConflict => "IDEMPOTENCY_CONFLICT",
+            Self::Unauthorized => "UNAUTHORIZED",
+            Self::RateLimited => "RATE_LIMITED",
+            Self::NotFound => "NOT_FOUND",
             Self::Internal => "INTERNAL",
         }
     }
@@ -64,33 +84,51 @@ impl Code {
     /// Whether another request would have to be sent for another outcome. A download that failed counts:
     /// the address is part of the request.
     pub fn is_bad_input(self) -> bool {
-        match self {
+        matches!(
+            self,
             Self::InvalidInput
-            | Self::UnknownField
-            | Self::MissingField
-            | Self::InvalidImageFormat
-            | Self::ImageTooLarge
-            | Self::InvalidAudioFormat
-            | Self::AudioTooLarge
-            | Self::AudioTooLong
-            | Self::EmptyAudio
-            | Self::UrlNotAllowed
-            | Self::DownloadFailed
-            | Self::ModelNotFound => true,
-            Self::ModelCorrupt
-            | Self::InsufficientDisk
-            | Self::GpuUnavailable
-            | Self::GpuOutOfMemory
-            | Self::NumericFailure
-            | Self::EncodeFailed
-            | Self::Cancelled
-            | Self::Internal => false,
+                | Self::UnknownField
+                | Self::MissingField
+                | Self::InvalidImageFormat
+                | Self::ImageTooLarge
+                | Self::InvalidAudioFormat
+                | Self::AudioTooLarge
+                | Self::AudioTooLong
+                | Self::EmptyAudio
+                | Self::UrlNotAllowed
+                | Self::DownloadFailed
+                | Self::ModelNotFound
+        )
+    }
+
+    /// The HTTP status of an answer that says so.
+    pub fn http_status(self) -> u16 {
+        match self {
+            Self::ImageTooLarge | Self::AudioTooLarge => 413,
+            code if code.is_bad_input() => 400,
+            Self::Unauthorized => 401,
+            Self::NotFound => 404,
+            Self::IdempotencyConflict => 409,
+            Self::RateLimited => 429,
+            Self::QueueFull => 503,
+            Self::StoreFull | Self::InsufficientDisk => 507,
+            _ => 500,
         }
     }
 
     /// Whether the same request may succeed later or on another machine.
     fn is_retryable(self) -> bool {
-        matches!(self, Self::InsufficientDisk | Self::GpuUnavailable | Self::GpuOutOfMemory)
+        matches!(
+            self,
+            Self::InsufficientDisk
+                | Self::GpuUnavailable
+                | Self::GpuOutOfMemory
+                | Self::UploadFailed
+                | Self::WorkerLost
+                | Self::QueueFull
+                | Self::StoreFull
+                | Self::RateLimited
+        )
     }
 }
 
@@ -121,6 +159,47 @@ impl From<ErrorKind> for Code {
             ErrorKind::Encode => Self::EncodeFailed,
             ErrorKind::Cancelled => Self::Cancelled,
         }
+    }
+}
+
+/// Where a job is. The last four are final.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+#[expect(missing_docs, reason = "RunPod's own words")]
+pub enum JobStatus {
+    InQueue,
+    InProgress,
+    Completed,
+    Failed,
+    Cancelled,
+    TimedOut,
+}
+
+impl JobStatus {
+    /// Every status.
+    pub const ALL: [Self; 6] =
+        [Self::InQueue, Self::InProgress, Self::Completed, Self::Failed, Self::Cancelled, Self::TimedOut];
+
+    /// As it stands in JSON and in the store.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::InQueue => "IN_QUEUE",
+            Self::InProgress => "IN_PROGRESS",
+            Self::Completed => "COMPLETED",
+            Self::Failed => "FAILED",
+            Self::Cancelled => "CANCELLED",
+            Self::TimedOut => "TIMED_OUT",
+        }
+    }
+
+    /// The status called `name`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|status| status.as_str() == name)
+    }
+
+    /// Whether the job ends here.
+    pub fn is_terminal(self) -> bool {
+        !matches!(self, Self::InQueue | Self::InProgress)
     }
 }
 
@@ -195,7 +274,8 @@ impl From<talkie::Error> for JobError {
 }
 
 /// A video that was made. What does not apply is left out.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct JobOutput {
     /// Where the video can be fetched.
     pub video_url: String,
@@ -249,7 +329,8 @@ pub struct JobOutput {
 }
 
 /// Where the time of a job went, in milliseconds.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Timings {
     /// What a warm worker does not do again.
     pub cold_start: ColdStart,
@@ -275,7 +356,8 @@ pub struct Timings {
 }
 
 /// What a warm worker does not do again, in milliseconds.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ColdStart {
     /// From the start of the process to the start of the job.
     pub boot_ms: u64,
@@ -286,7 +368,8 @@ pub struct ColdStart {
 }
 
 /// The most memory that was in use, in bytes; absent where it cannot be measured.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct PeakMemory {
     /// Resident memory of the process.
     #[serde(skip_serializing_if = "Option::is_none")]

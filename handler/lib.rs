@@ -9,8 +9,16 @@
 //! | [`job`] | outputs and errors as they are sent; the one mapping from kinds to codes |
 //! | [`schema`] | JSON Schema of input and output |
 //! | [`inputs`] | fetching images and voices, with limits |
+//! | [`runner`] | one job, from input to outcome |
+//! | [`executor`] | the thread that computes |
+//! | [`storage`] | where videos go: S3, Cloudflare R2, the embedded store |
+//! | [`runpod`] | RunPod's protocol, and the worker that speaks it |
+//! | [`gateway`] | RunPod's endpoint API, the job store, the worker processes |
+//! | [`lambda`] | AWS Lambda |
+//! | [`faults`] | points at which tests kill the process |
 //! | [`generate`] | the seam to `talkie`: model, inputs, one video |
 //! | [`progress`] | percent and time left |
+//! | [`pace`] | how long windows took in past jobs |
 //! | [`part_file`] | files that appear complete or not at all |
 //! | [`interrupt`] | Ctrl-C |
 //! | [`memory`] | peak memory; the allocator's settings |
@@ -18,11 +26,19 @@
 pub mod bench;
 pub mod cli;
 pub mod config;
+pub mod executor;
+pub mod faults;
+pub mod gateway;
 pub mod generate;
 pub mod inputs;
 pub mod interrupt;
 pub mod job;
+pub mod lambda;
 pub mod memory;
+pub mod pace;
 pub mod part_file;
 pub mod progress;
+pub mod runner;
+pub mod runpod;
 pub mod schema;
+pub mod storage;

@@ -2,12 +2,17 @@
 
 /// The most resident memory of this process so far, in bytes; `None` where the system does not tell.
 pub fn peak_host_bytes() -> Option<u64> {
-    parse(&std::fs::read_to_string("/proc/self/status").ok()?)
+    parse(&std::fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
 }
 
-/// `VmHWM` of Linux' `/proc/<pid>/status`, which is in KiB.
-fn parse(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+/// The resident memory of this process now, in bytes; `None` where the system does not tell.
+pub fn host_bytes() -> Option<u64> {
+    parse(&std::fs::read_to_string("/proc/self/status").ok()?, "VmRSS:")
+}
+
+/// One line of Linux' `/proc/<pid>/status`, which is in KiB.
+fn parse(status: &str, name: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }
@@ -25,6 +30,24 @@ pub fn keep_freed() {
     }
 }
 
+/// Takes [`keep_freed`] back, for a process that computes nothing and is to be small at rest: large blocks are
+/// given back when they are freed, and threads share two heaps.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub fn give_back_freed() {
+    const PIECE: libc::c_int = 128 * 1024;
+    // SAFETY: as above.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_MAX, 65_536);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, PIECE);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, PIECE);
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+    }
+}
+
+/// Other allocators are left as they are.
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub fn give_back_freed() {}
+
 /// Other allocators are left as they are.
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 pub fn keep_freed() {}
@@ -35,7 +58,9 @@ mod tests {
 
     #[test]
     fn the_peak_is_read_in_bytes() {
-        assert_eq!(parse("VmPeak:\t  9 kB\nVmHWM:\t    1234 kB\nVmRSS:\t 1 kB\n"), Some(1234 * 1024));
-        assert_eq!(parse("Name:\tx\n"), None);
+        let status = "VmPeak:\t  9 kB\nVmHWM:\t    1234 kB\nVmRSS:\t 1 kB\n";
+        assert_eq!(parse(status, "VmHWM:"), Some(1234 * 1024));
+        assert_eq!(parse(status, "VmRSS:"), Some(1024));
+        assert_eq!(parse("Name:\tx\n", "VmHWM:"), None);
     }
 }

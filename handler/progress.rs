@@ -9,6 +9,8 @@ use talkie::pipeline;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stage {
+    /// Waiting for a worker.
+    Queued,
     /// Fetching image and voices.
     Fetch,
     /// Opening them.
@@ -21,7 +23,9 @@ pub enum Stage {
     Denoise,
     /// Decoding a window.
     Decode,
-    /// The video is complete.
+    /// Uploading the video.
+    Upload,
+    /// The video is complete, and where it belongs.
     Done,
 }
 
@@ -29,12 +33,14 @@ impl Stage {
     /// As it stands in JSON.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Queued => "queued",
             Self::Fetch => "fetch",
             Self::Validate => "validate",
             Self::Load => "load",
             Self::Audio => "audio",
             Self::Denoise => "denoise",
             Self::Decode => "decode",
+            Self::Upload => "upload",
             Self::Done => "done",
         }
     }
@@ -43,11 +49,12 @@ impl Stage {
     /// the end, window by window.
     fn starts_at(self) -> f64 {
         match self {
-            Self::Fetch => 0.0,
+            Self::Queued | Self::Fetch => 0.0,
             Self::Validate => 1.0,
             Self::Load => 2.0,
             Self::Audio => 5.0,
             Self::Denoise | Self::Decode => WINDOWS_START,
+            Self::Upload => WINDOWS_END,
             Self::Done => 100.0,
         }
     }
@@ -95,6 +102,8 @@ pub struct Update {
 #[derive(Debug, Default)]
 pub struct Meter {
     percent: f64,
+    /// How long a window took in past jobs, to go by while there is no measurement of this one.
+    expected: Option<Duration>,
     /// When the first window began.
     first_began: Option<Duration>,
     /// Which window is being made, and when it began.
@@ -102,6 +111,11 @@ pub struct Meter {
 }
 
 impl Meter {
+    /// Goes by `per_window` until there is something to measure.
+    pub fn expect(&mut self, per_window: Option<Duration>) {
+        self.expected = per_window;
+    }
+
     /// The report for `stage` before there is a pipeline.
     pub fn stage(&mut self, stage: Stage) -> Update {
         self.percent = self.percent.max(stage.starts_at());
@@ -150,14 +164,15 @@ impl Meter {
         }
         let (_, current_began) = self.current;
         let in_this = now.saturating_sub(current_began).as_secs_f64();
-        let per_window = match stage {
-            _ if window > 0 => current_began.saturating_sub(first_began).as_secs_f64() / window as f64,
-            pipeline::Stage::Denoise if step > 0 => in_this / step as f64 * steps as f64 / DENOISE_SHARE,
-            _ => return None,
+        let measured = match stage {
+            _ if window > 0 => Some(current_began.saturating_sub(first_began).as_secs_f64() / window as f64),
+            pipeline::Stage::Denoise if step > 0 => {
+                Some(in_this / step as f64 * steps as f64 / DENOISE_SHARE)
+            }
+            _ => None,
         };
-        if per_window == 0.0 {
-            return None;
-        }
+        let measured = measured.filter(|seconds| *seconds > 0.0);
+        let per_window = measured.or(self.expected.map(|expected| expected.as_secs_f64()))?;
         let this_one = (per_window - in_this).max(0.0);
         let further = windows.saturating_sub(window + 1) as f64 * per_window;
         Some((this_one + further).ceil() as u64)
@@ -213,6 +228,17 @@ mod tests {
         assert_eq!(left(pipeline::Stage::Denoise, 1, 0, 150), Some(50));
         assert_eq!(left(pipeline::Stage::Decode, 1, 4, 190), Some(10));
         assert_eq!(left(pipeline::Stage::Decode, 1, 4, 300), Some(0));
+    }
+
+    #[test]
+    fn past_jobs_tell_the_time_until_there_is_a_measurement() {
+        let mut meter = Meter::default();
+        meter.expect(Some(Duration::from_secs(30)));
+        let mut left =
+            |stage, window, step, s| meter.update(at(stage, window, step), Duration::from_secs(s)).eta_s;
+        assert_eq!(left(pipeline::Stage::Denoise, 0, 0, 100), Some(60));
+        assert_eq!(left(pipeline::Stage::Denoise, 0, 2, 117), Some(63), "40 s a window, 17 of 80 gone");
+        assert_eq!(left(pipeline::Stage::Decode, 0, 4, 134), Some(30));
     }
 
     #[test]

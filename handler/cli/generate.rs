@@ -1,29 +1,21 @@
 //! `handler generate`: one video from files or URLs.
 
-use std::fs::File;
-use std::io;
-use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use reqwest::Url;
-use sha2::{Digest, Sha256};
-use talkie::pipeline::{Cancel, Inputs, Progress, Settings, Video};
-use talkie::request::{FPS, GenerateRequest, MediaSource, Medium, OutputOptions};
+use talkie::device;
+use talkie::pipeline::{Cancel, Inputs, Progress, Settings};
+use talkie::request::{GenerateRequest, MediaSource, Medium, OutputOptions};
 
 use super::display::Display;
 use super::flags::Args;
 use crate::config::Config;
-use crate::generate::{self, Job, Model};
+use crate::generate::{self, Generator, Job, Made, Model, file_url, ms, unwritable};
 use crate::inputs::Fetcher;
 use crate::interrupt::Interrupt;
-use crate::job::{Code, ColdStart, JobError, JobOutput, PeakMemory, Timings};
-use crate::memory::peak_host_bytes;
+use crate::job::{Code, ColdStart, JobError, JobOutput};
 use crate::part_file::PartFile;
 use crate::progress::{Meter, Stage};
-
-/// How often a download looks whether it was cancelled.
-const CANCEL_POLL: Duration = Duration::from_millis(50);
 
 /// Makes the video and says what came of it. `started` is when the process began.
 pub fn run(args: &Args, config: &Config, started: Instant) -> Result<JobOutput, JobError> {
@@ -74,11 +66,7 @@ impl Generation<'_> {
         let model =
             Model::choose(request.model.as_deref(), self.args.models_file.as_deref(), storage, speakers)?;
         if model.stands_in {
-            let said = format!(
-                "no weights are installed in {}: using `{}`, which is untrained and shows no face",
-                storage.display(),
-                model.spec.name
-            );
+            let said = model.stand_in_warning(storage);
             screen.display.note(&said);
             warnings.push(said);
         }
@@ -98,11 +86,10 @@ impl Generation<'_> {
         let inputs_time = inputs_began.elapsed();
         tracing::info!(?request, ms = ms(inputs_time), "the inputs are sound");
         self.interrupt.cancel().check()?;
-        let (video, load_time) = contained(|| {
-            generate::run(Job {
+        let Made { video, load } = generate::contained(|| {
+            Generator::new(device::select(self.args.device.into())?).run(Job {
                 spec: &model.spec,
                 storage,
-                device: self.args.device,
                 settings: &settings,
                 inputs,
                 output: video_file.path(),
@@ -118,7 +105,7 @@ impl Generation<'_> {
             "the video is complete"
         );
 
-        let mut output = describe(&request, video_file.path(), &video)?;
+        let mut output = generate::describe(&request, video_file.path(), &video)?;
         if let (Some((part, path)), Some(jpeg)) = (thumbnail, &video.thumbnail) {
             std::fs::write(part.path(), jpeg)
                 .and_then(|()| part.publish())
@@ -132,7 +119,8 @@ impl Generation<'_> {
         output.video_path = Some(video_path);
         output.model = model.spec.name;
         output.warnings = warnings;
-        output.timings.cold_start = ColdStart { boot_ms: ms(boot), fetch_ms: 0, load_ms: ms(load_time) };
+        output.timings.cold_start =
+            ColdStart { boot_ms: ms(boot), fetch_ms: 0, load_ms: ms(load.unwrap_or_default()) };
         output.timings.inputs_ms = ms(inputs_time);
         output.timings.total_ms = ms(screen.started.elapsed());
         Ok(output)
@@ -162,21 +150,21 @@ impl Generation<'_> {
         self.args.thumbnail.clone().or(beside)
     }
 
-    /// Takes the media out of the request, since a second copy of them has no use.
+    /// The opened image and voices, and what is to be said about them.
     fn inputs(
         &self,
         request: &mut GenerateRequest,
         screen: &mut Screen,
     ) -> Result<(Inputs, Vec<String>), JobError> {
         screen.stage(Stage::Fetch);
-        let (image, voices) = self.fetch(request)?;
+        let mut files = self.fetch(generate::take_media(request))?;
         screen.stage(Stage::Validate);
-        contained(|| generate::open_inputs(&image, voices, self.config))
+        let image = files.remove(0);
+        generate::contained(|| generate::open_inputs(&image, files, self.config))
     }
 
     /// The bytes of the image and of one or two voices.
-    fn fetch(&self, request: &mut GenerateRequest) -> Result<(Vec<u8>, Vec<Vec<u8>>), JobError> {
-        let take = |source: &mut MediaSource| std::mem::replace(source, MediaSource::Bytes(Vec::new()));
+    fn fetch(&self, media: Vec<(&'static str, Medium, MediaSource)>) -> Result<Vec<Vec<u8>>, JobError> {
         let mut download = None;
         let mut bytes = |name, medium, source| match source {
             MediaSource::Bytes(bytes) => Ok(bytes),
@@ -188,12 +176,7 @@ impl Generation<'_> {
                 download.fetch(name, medium, &url, self.interrupt.cancel())
             }
         };
-        let image = bytes("image", Medium::Image, take(&mut request.image))?;
-        let mut voices = vec![bytes("audio", Medium::Audio, take(&mut request.audio))?];
-        if let Some(source) = &mut request.audio_2 {
-            voices.push(bytes("audio_2", Medium::Audio, take(source))?);
-        }
-        Ok((image, voices))
+        media.into_iter().map(|(name, medium, source)| bytes(name, medium, source)).collect()
     }
 }
 
@@ -216,83 +199,8 @@ impl Download {
         self.runtime.block_on(async {
             tokio::select! {
                 bytes = self.fetcher.fetch(name, medium, url) => bytes,
-                error = cancelled(cancel) => Err(error),
+                error = generate::cancelled(cancel) => Err(error),
             }
         })
     }
-}
-
-/// Ends when `cancel` was called.
-async fn cancelled(cancel: &Cancel) -> JobError {
-    let mut poll = tokio::time::interval(CANCEL_POLL);
-    loop {
-        poll.tick().await;
-        if let Err(e) = cancel.check() {
-            return e.into();
-        }
-    }
-}
-
-/// Runs code that reads what came from outside; a panic there is a failure of this job alone.
-fn contained<T>(work: impl FnOnce() -> talkie::Result<T>) -> Result<T, JobError> {
-    match panic::catch_unwind(AssertUnwindSafe(work)) {
-        Ok(done) => Ok(done?),
-        Err(_) => Err(JobError::new(Code::Internal, "the generation failed in a way that was not foreseen")
-            .with_hint("please report this with the lines above and the input")),
-    }
-}
-
-/// What is known once the file at `path` is complete.
-fn describe(request: &GenerateRequest, path: &Path, video: &Video) -> Result<JobOutput, JobError> {
-    let (size_bytes, sha256) = hash(path)
-        .map_err(|e| JobError::new(Code::EncodeFailed, format!("the video cannot be read back: {e}")))?;
-    Ok(JobOutput {
-        size_bytes,
-        sha256,
-        duration_s: video.frames as f64 / f64::from(FPS),
-        frames: video.frames,
-        fps: FPS,
-        width: video.size.width,
-        height: video.size.height,
-        seed: video.seed,
-        preset: request.preset.map(|preset| preset.as_str().to_string()),
-        timings: Timings {
-            audio_ms: ms(video.timings.audio),
-            encode_ms: ms(video.timings.encode),
-            denoise_ms: ms(video.timings.denoise),
-            per_step_ms: ms(video.timings.per_step),
-            decode_ms: ms(video.timings.decode),
-            mux_ms: ms(video.timings.mux),
-            ..Timings::default()
-        },
-        peak_memory: PeakMemory { host_bytes: peak_host_bytes(), device_bytes: None },
-        ..JobOutput::default()
-    })
-}
-
-/// Length and SHA-256 of a file.
-fn hash(path: &Path) -> io::Result<(u64, String)> {
-    let mut hasher = Sha256::new();
-    let len = io::copy(&mut File::open(path)?, &mut hasher)?;
-    Ok((len, hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()))
-}
-
-/// The `file:` URL and the absolute path of a file that exists.
-fn file_url(path: &Path) -> Result<(String, String), JobError> {
-    let absolute = std::path::absolute(path).map_err(|e| unwritable(path, &e))?;
-    let url = Url::from_file_path(&absolute)
-        .map_err(|()| JobError::new(Code::Internal, format!("{} has no URL", absolute.display())))?;
-    Ok((url.into(), absolute.display().to_string()))
-}
-
-fn unwritable(path: &Path, e: &io::Error) -> JobError {
-    let code = match e.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::InsufficientDisk,
-        _ => Code::EncodeFailed,
-    };
-    JobError::new(code, format!("{} cannot be written: {e}", path.display()))
-}
-
-fn ms(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -3,7 +3,12 @@
 mod bench;
 mod display;
 mod flags;
+mod gc;
 mod generate;
+mod keys;
+mod rp;
+mod serve;
+mod worker;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
@@ -11,14 +16,15 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use serde::Serialize;
 use serde_json::json;
+use tracing::level_filters::LevelFilter;
 
 use crate::config::{Config, ConfigArgs};
 use crate::job::{Code, JobError};
 use crate::schema;
+use rp::Mode;
 
 /// The exit code for input that has to change.
 const EXIT_BAD_INPUT: u8 = 2;
@@ -30,7 +36,7 @@ const AFTER_HELP: &str = "Exit codes: 0 done, 2 bad input, 1 any other failure. 
 
 /// A portrait and a voice in, a talking video out.
 #[derive(Debug, Parser)]
-#[command(name = "handler", version, after_help = AFTER_HELP, subcommand_required = true, arg_required_else_help = true)]
+#[command(name = "handler", version, after_help = [rp::HELP, AFTER_HELP].join("\n\n"))]
 struct Cli {
     #[command(flatten)]
     config: ConfigArgs,
@@ -42,6 +48,14 @@ struct Cli {
 enum Verb {
     /// Make one video from files or URLs
     Generate(Box<flags::Args>),
+    /// Offer RunPod's endpoint API here, and start workers on demand
+    Serve(Box<serve::Args>),
+    /// Take jobs from RunPod, or from a gateway, and run them
+    Worker(Box<worker::Args>),
+    /// Create, list and revoke the gateway's keys
+    Keys(keys::Args),
+    /// Delete expired videos, and finish interrupted uploads
+    Gc(Box<gc::Args>),
     /// Time the stages of a generation on this machine, with random weights
     Bench(bench::Args),
     /// Print the JSON Schema of input and output
@@ -61,6 +75,12 @@ pub fn run(args: impl Iterator<Item = OsString>, started: Instant) -> ExitCode {
 }
 
 fn try_run(args: impl Iterator<Item = OsString>, started: Instant) -> Result<ExitCode, JobError> {
+    let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    let args = match Mode::pick(args, has_verb, is_set)? {
+        Mode::Verb(args) => args,
+        Mode::Test(args, job) => return rp::test(args, &job, started),
+        Mode::Lambda(args) => return rp::lambda(args, started),
+    };
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(shown) if !shown.use_stderr() => {
@@ -71,34 +91,48 @@ fn try_run(args: impl Iterator<Item = OsString>, started: Instant) -> Result<Exi
         Err(wrong) => return Err(usage(&wrong)),
     };
     let config = Config::new(&cli.config, |name| std::env::var_os(name).map(PathBuf::from), Path::new("/"))?;
-    start_logging(&config);
+    // A worker logs in a form of its own where RunPod reads it.
+    if !matches!(cli.verb, Verb::Worker(_)) {
+        start_logging(config.log_level.into());
+    }
     match cli.verb {
         Verb::Generate(args) => print_json(&generate::run(&args, &config, started)?)?,
+        Verb::Serve(args) => serve::run(&args, &config)?,
+        Verb::Worker(args) => worker::run(&args, &config, started)?,
+        Verb::Keys(args) => print_json(&keys::run(&args)?)?,
+        Verb::Gc(args) => gc::run(&args)?,
         Verb::Bench(args) => bench::run(&args)?,
         Verb::Schema => print_json(&json!({"input": schema::input(), "output": schema::output()}))?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
+/// Whether a command line needs no mode: it has a verb, or asks the parser itself something.
+fn has_verb(args: &[OsString]) -> bool {
+    let command = Cli::command();
+    let verbs: Vec<_> = command.get_subcommands().map(clap::Command::get_name).collect();
+    let asks = ["help", "--help", "-h", "--version", "-V"];
+    args.iter().skip(1).filter_map(|arg| arg.to_str()).any(|arg| verbs.contains(&arg) || asks.contains(&arg))
+}
+
 /// The parser's own words, for people, and its first line for programs.
 fn usage(wrong: &clap::Error) -> JobError {
     let _ = wrong.print();
     let text = wrong.render().to_string();
-    let first = match wrong.kind() {
-        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a verb is missing, such as `generate`",
-        _ => text.lines().next().unwrap_or_default().trim_start_matches("error: "),
-    };
+    let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
     let tip = text.lines().find_map(|line| line.trim().strip_prefix("tip: "));
     JobError::new(Code::InvalidInput, first)
         .with_reason("USAGE")
         .with_hint(tip.unwrap_or("see `handler --help`"))
 }
 
-fn start_logging(config: &Config) {
+fn start_logging(level: LevelFilter) {
     let subscriber = tracing_subscriber::fmt()
-        .with_max_level(config.log_level)
+        .with_max_level(level)
         .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal());
+        .with_ansi(io::stderr().is_terminal())
+        // Standard error may be closed, which is no reason to fail.
+        .log_internal_errors(false);
     // A test that runs verbs in its own process has set one already.
     let _ = subscriber.try_init();
 }
@@ -116,8 +150,6 @@ fn print_json(value: &impl Serialize) -> Result<(), JobError> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
