@@ -1,9 +1,21 @@
 //! The service from outside: the real binary as a child process, with fakes of the world around it. Nothing
 //! here needs a network; servers listen on a free loopback port.
 
+mod clients;
+mod crash;
+mod gateway;
 mod generate;
 mod inputs;
 mod interrupt;
+mod lambda;
+mod matrix;
 mod media;
 mod memory;
+mod pool;
+mod rp;
+mod runner;
+mod secrets;
+mod storage;
+mod store;
 mod support;
+mod worker;

@@ -39,7 +39,8 @@ fn stored_zlib(raw: &[u8]) -> Vec<u8> {
     stream
 }
 
-fn crc32(bytes: &[u8]) -> u32 {
+/// The checksum of PNG chunks.
+pub fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 * (crc & 1)))
     })
