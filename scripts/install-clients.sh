@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests in tests/service/clients and the load benchmark drive the gateway with: RunPod's Python and
-# JavaScript SDKs into target/clients (or the folder in TALKIE_CLIENTS), Chromium and wrk from Debian. What is there
-# already stays. Needs Python 3.10 with venv, Node 18 with npm, and apt-get.
+# JavaScript SDKs into target/clients (or the folder in TALKIE_CLIENTS), Chromium and wrk from Debian, and
+# Python and Node where they are missing. What is there already stays. Needs apt-get.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${TALKIE_CLIENTS:-target/clients}
@@ -12,6 +12,8 @@ missing=()
 command -v chromium >/dev/null || missing+=(chromium)
 command -v chromedriver >/dev/null || missing+=(chromium-driver)
 command -v wrk >/dev/null || missing+=(wrk)
+command -v npm >/dev/null || missing+=(nodejs npm)
+python3 -c "import ensurepip" 2>/dev/null || missing+=(python3 python3-venv)
 if [ ${#missing[@]} -gt 0 ]; then
   sudo=""
   [ "$(id -u)" = 0 ] || sudo=sudo
