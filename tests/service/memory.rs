@@ -1,7 +1,8 @@
 //! Host memory: flat in the length of the video, but for the embedding of the voice, and small for what is refused.
 
-use std::mem::MaybeUninit;
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use crate::media::{self, Samples};
 use crate::support::Bench;
@@ -15,6 +16,9 @@ const EMBEDDING: u64 = 2 * 4 * 64 * 4;
 const SAMPLES: u64 = 640 * (2 + 2 * 4);
 /// What a request may cost before it is accepted or refused.
 const MAX_REFUSAL: u64 = 512 << 20;
+
+/// Between two looks at a process.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// Frames of a video of this many windows.
 fn frames(windows: usize) -> usize {
@@ -66,17 +70,24 @@ fn refusals_are_cheap() {
     }
 }
 
-/// The exit code of `command`, and a bound of its peak resident memory in bytes: never less than the peak.
+/// The exit code of `command`, and its peak resident memory in bytes, as it was a moment before its end at the
+/// latest. The peak that the system tells of an ended process is of no use here: it begins with that of this one.
 fn run(command: &mut Command) -> (Option<i32>, u64) {
-    #[expect(clippy::zombie_processes, reason = "wait4 below waits for it")]
-    let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let (mut status, mut usage) = (0, MaybeUninit::<libc::rusage>::zeroed());
-    // SAFETY: both pointers are to live memory of the right type, and zeroed bytes are a valid `rusage`. The
-    // standard library waits without asking for the child's resource usage; nobody else waits for this child.
-    let usage = unsafe {
-        let pid = libc::wait4(child.id() as libc::pid_t, &raw mut status, 0, usage.as_mut_ptr());
-        assert_eq!(pid, child.id() as libc::pid_t);
-        usage.assume_init()
-    };
-    (libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status)), usage.ru_maxrss as u64 * 1024)
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut peak = 0;
+    loop {
+        peak = peak.max(peak_of(child.id()).unwrap_or(0));
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(peak > 0, "it was seen while it ran");
+            return (status.code(), peak);
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+/// The peak so far of a process that runs.
+fn peak_of(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.trim().strip_suffix("kB")?;
+    kib.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
