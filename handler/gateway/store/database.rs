@@ -4,8 +4,6 @@ use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 
@@ -16,10 +14,6 @@ use crate::job::JobError;
 
 const DATABASE: &str = "jobs.db";
 const LOCK: &str = "jobs.lock";
-
-/// How long a lock is waited for, and the pause between two looks at it.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
-const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// Marks the file as ours: `TLKE`.
 const APPLICATION_ID: i64 = 0x544c_4b45;
@@ -83,14 +77,7 @@ pub(super) fn lock(dir: &Path, world: &World) -> Result<File, JobError> {
             .with_hint("choose a folder on a local disk with --data-dir"));
     }
     let lock = private().open(dir.join(LOCK)).map_err(|e| refuse("locked", e))?;
-    // A gateway that was killed a moment ago may leave a child that is about to end, and holds its files until then.
-    let until = Instant::now() + LOCK_PATIENCE;
-    let mut locked = lock.try_lock();
-    while matches!(locked, Err(TryLockError::WouldBlock)) && Instant::now() < until {
-        thread::sleep(LOCK_PAUSE);
-        locked = lock.try_lock();
-    }
-    match locked {
+    match lock.try_lock() {
         Ok(()) => Ok(lock),
         Err(TryLockError::WouldBlock) => Err(internal(
             format!("the data folder {} is in use by another gateway", dir.display()),
