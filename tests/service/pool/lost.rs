@@ -43,11 +43,7 @@ fn fault_02_worker_killed_in_the_middle_of_a_job() {
         let view = gateway.status(&id);
         (view["status"] == "IN_QUEUE" || view["workerId"] != first).then_some(())
     });
-    assert!(
-        killed.elapsed() < Duration::from_secs(5),
-        "{:?}, where 2 s are promised to an idle machine",
-        killed.elapsed()
-    );
+    assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
     let view = gateway.success_of(&id);
     assert_ne!(view["workerId"], first);
     assert_eq!(view["retries"], 1, "{view}");
