@@ -3,13 +3,16 @@
 //!
 //! ```text
 //! Registry ─► ModelSpec ─► dit, vae, text_encoder, image_encoder, audio_encoder: NetworkSpec (config, dtype, source)
-//!                      ├─► tokenizer, loras
+//!                      ├─► tokenizer, loras, prepared
 //!                      └─► generation(size, preset) ─► Generation (steps, shift, guidance, windows, caching)
 //! ```
 
+mod check;
 mod config;
+mod expand;
 mod parse;
 mod source;
+mod storage;
 mod strict;
 
 use std::collections::BTreeMap;
@@ -18,7 +21,8 @@ use std::path::Path;
 use candle_core::{DType, Device};
 
 pub use config::{Named, NamedConfig};
-pub use source::{FileSpec, Learned, RepoFiles, Source, TokenizerSource};
+pub use source::{FileSpec, Learned, Prepared, RepoFiles, Source, TokenizerSource};
+pub use storage::{ModelStorage, Receipt};
 
 use crate::media::image::Buckets;
 use crate::models::{clip_vision, umt5, wan, wan_vae, wav2vec2};
@@ -60,6 +64,8 @@ pub struct ModelSpec {
     pub tokenizer: TokenizerSource,
     /// LoRAs of the DiT that presets may name.
     pub loras: BTreeMap<String, LoraSpec>,
+    /// Where files lie that were prepared from those above.
+    pub prepared: Prepared,
     sizes: Vec<SizeSpec>,
     default_size: String,
     defaults: parse::Overrides,
@@ -73,15 +79,32 @@ pub struct NetworkSpec<C> {
     pub config: C,
     /// Where the weights come from.
     pub source: Source,
+    /// The map of a quantised network, one file for each number of persons; empty for one that is not quantised.
+    pub quantization: Vec<RepoFiles>,
     /// Patterns (`*` = any characters) of tensors that are in the files and not in the network.
     pub unused: Vec<String>,
     dtype: DType,
 }
 
 impl<C> NetworkSpec<C> {
+    /// The map of the quantised weights for `speakers` persons; none where they are not quantised.
+    pub fn quantization(&self, speakers: usize) -> Option<&RepoFiles> {
+        self.quantization.iter().find(|map| map.is_for(speakers))
+    }
+
+    /// Every file for `speakers` persons, the map among them.
+    pub fn files(&self, speakers: usize) -> impl Iterator<Item = &RepoFiles> {
+        self.source.files(speakers).chain(self.quantization(speakers))
+    }
+
     /// The dtype to load the weights as: the registry's on a device that computes in it, f32 on the CPU.
     pub fn dtype(&self, device: &Device) -> DType {
         if device.is_cpu() { device::compute_dtype(device) } else { self.dtype }
+    }
+
+    /// The dtype that the registry gives the weights, in which they are prepared.
+    pub fn stored_dtype(&self) -> DType {
+        self.dtype
     }
 }
 
@@ -146,34 +169,34 @@ pub struct TeaCacheSpec {
 }
 
 impl Registry {
-    /// The registry that is built in.
+    /// The registry that is built in; it names no variable.
     ///
     /// # Errors
     /// None in a build that passes its tests.
     pub fn built_in() -> Result<Self> {
-        Self::parse(BUILT_IN, "models.toml")
+        Self::parse(BUILT_IN, "models.toml", &|_| None)
     }
 
-    /// The registry in the file at `path`, in place of the one that is built in.
+    /// The registry in the file at `path`, in place of the one that is built in; `lookup` as for [`Registry::parse`].
     ///
     /// # Errors
     /// `ModelNotFound` if the file cannot be read; those of [`Registry::parse`].
-    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+    pub fn open(path: impl AsRef<Path>, lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
         let path = path.as_ref();
         let text = std::fs::read_to_string(path).map_err(|e| {
             let message = format!("model registry {}: {e}", path.display());
             Error::new(ErrorKind::ModelNotFound, message).with_source(e)
         })?;
-        Self::parse(&text, &path.display().to_string())
+        Self::parse(&text, &path.display().to_string(), lookup)
     }
 
-    /// Reads `text`; `origin` names it in messages.
+    /// Reads `text`; `origin` names it in messages, `lookup` knows the values of `$NAME` in it.
     ///
     /// # Errors
     /// `InvalidInput` naming the line, the key and what was expected, if a key is unknown or missing, a value is
-    /// impossible, or a revision is neither a commit nor `"learn"`.
-    pub fn parse(text: &str, origin: &str) -> Result<Self> {
-        Ok(Self { models: parse::models(text, origin)? })
+    /// impossible, a variable is not set, or a revision is neither a commit nor `"learn"`.
+    pub fn parse(text: &str, origin: &str, lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
+        Ok(Self { models: parse::models(text, origin, lookup)? })
     }
 
     /// The model called `name`.
@@ -205,11 +228,13 @@ impl ModelSpec {
     /// The same model with weights drawn from `seed`, a tokenizer of bytes and no LoRA: nothing has to be installed,
     /// and it takes the same time.
     pub fn with_random_weights(mut self, seed: u64) -> Self {
-        self.dit.source = Source::Random(seed);
-        self.vae.source = Source::Random(seed);
-        self.text_encoder.source = Source::Random(seed);
-        self.image_encoder.source = Source::Random(seed);
-        self.audio_encoder.source = Source::Random(seed);
+        macro_rules! draw {
+            ($($network:ident)*) => {$(
+                self.$network.source = Source::Random(seed);
+                self.$network.quantization.clear();
+            )*};
+        }
+        draw!(dit vae text_encoder image_encoder audio_encoder);
         self.tokenizer = TokenizerSource::Bytes;
         self.loras.clear();
         for overrides in self.presets.values_mut().chain([&mut self.defaults]) {
@@ -224,17 +249,14 @@ impl ModelSpec {
             TokenizerSource::Bytes => &[],
             TokenizerSource::Files(files) => files.as_slice(),
         };
-        let networks = [
-            &self.audio_encoder.source,
-            &self.text_encoder.source,
-            &self.image_encoder.source,
-            &self.vae.source,
-            &self.dit.source,
-        ];
         let loras = loras.iter().filter_map(|name| self.loras.get(name)).map(|lora| &lora.source);
         tokenizer
             .iter()
-            .chain(networks.into_iter().flat_map(move |source| source.files(speakers)))
+            .chain(self.audio_encoder.files(speakers))
+            .chain(self.text_encoder.files(speakers))
+            .chain(self.image_encoder.files(speakers))
+            .chain(self.vae.files(speakers))
+            .chain(self.dit.files(speakers))
             .chain(loras)
     }
 

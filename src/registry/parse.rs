@@ -6,43 +6,46 @@ use std::ops::Range;
 use candle_core::DType;
 use serde::{Deserialize, Deserializer, de};
 use toml::Spanned;
+use toml::de::DeTable;
 
+use super::check::{check, check_repositories};
 use super::config::{NamedConfig, name_or_table};
-use super::source::{RepoFiles, Source, TokenizerSource};
+use super::expand::{self, Lookup};
+use super::source::{Prepared, RawSource, RawTokenizer, RepoFiles, plain};
 use super::{Generation, LoraSpec, ModelSpec, NetworkSpec, PRESETS, SIZES, SizeSpec, TeaCacheSpec};
 use crate::media::image::Buckets;
 use crate::models::{clip_vision, umt5, wan, wan_vae, wav2vec2};
 use crate::{Error, ErrorKind, Result};
 
 /// The models in `text`.
-pub(super) fn models(text: &str, origin: &str) -> Result<BTreeMap<String, ModelSpec>> {
-    let file: RawRegistry = toml::from_str(text).map_err(|e| {
+pub(super) fn models(text: &str, origin: &str, lookup: Lookup) -> Result<BTreeMap<String, ModelSpec>> {
+    let not_toml = |e: toml::de::Error| {
         let failure = Failure { span: e.span().unwrap_or_default(), message: e.message().to_owned() };
         failure.into_error(text, origin).with_source(e)
-    })?;
+    };
+    let fail = |failure: Failure| failure.into_error(text, origin);
+    let mut document = DeTable::parse(text).map_err(not_toml)?;
+    expand::table(document.get_mut(), lookup).map_err(fail)?;
+    let file = RawRegistry::deserialize(toml::Deserializer::from(document)).map_err(not_toml)?;
+    check_repositories(file.models.values().map(Spanned::get_ref)).map_err(fail)?;
     let mut models = BTreeMap::new();
     for (name, raw) in &file.models {
-        let model = complete(name, raw, &file.models).and_then(|model| {
-            check(&model, raw)?;
-            Ok(model)
-        });
-        models.insert(name.clone(), model.map_err(|failure| failure.into_error(text, origin))?);
+        models.insert(name.clone(), complete(name, raw, &file.models).map_err(fail)?);
     }
     if models.is_empty() {
-        return Err(Failure { span: 0..0, message: "there is no `models.<name>`".to_owned() }
-            .into_error(text, origin));
+        return Err(fail(Failure::new(0..0, "there is no `models.<name>`")));
     }
     Ok(models)
 }
 
 /// What is wrong with which bytes of the text.
-struct Failure {
+pub(super) struct Failure {
     span: Range<usize>,
     message: String,
 }
 
 impl Failure {
-    fn new(span: Range<usize>, message: impl Into<String>) -> Self {
+    pub(super) fn new(span: Range<usize>, message: impl Into<String>) -> Self {
         Self { span, message: message.into() }
     }
 
@@ -56,7 +59,7 @@ impl Failure {
     }
 }
 
-type Checked<T> = std::result::Result<T, Failure>;
+pub(super) type Checked<T> = std::result::Result<T, Failure>;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -67,19 +70,19 @@ struct RawRegistry {
 /// A model as written; what is absent comes from the model that it extends.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RawModel {
+pub(super) struct RawModel {
     extends: Option<Spanned<String>>,
     description: Option<String>,
-    dit: Option<RawNetwork<wan::Config>>,
-    vae: Option<RawNetwork<wan_vae::Config>>,
-    text_encoder: Option<RawNetwork<umt5::Config>>,
-    image_encoder: Option<RawNetwork<clip_vision::Config>>,
-    audio_encoder: Option<RawNetwork<wav2vec2::Config>>,
-    tokenizer: Option<TokenizerSource>,
+    pub(super) dit: Option<RawNetwork<wan::Config>>,
+    pub(super) vae: Option<RawNetwork<wan_vae::Config>>,
+    pub(super) text_encoder: Option<RawNetwork<umt5::Config>>,
+    pub(super) image_encoder: Option<RawNetwork<clip_vision::Config>>,
+    pub(super) audio_encoder: Option<RawNetwork<wav2vec2::Config>>,
+    pub(super) tokenizer: Option<RawTokenizer>,
     sizes: Option<BTreeMap<String, Spanned<RawSize>>>,
     default_size: Option<Spanned<String>>,
-    #[serde(default)]
-    loras: BTreeMap<String, RawLora>,
+    pub(super) loras: Option<BTreeMap<String, RawLora>>,
+    prepared: Option<Prepared>,
     #[serde(default)]
     generation: Overrides,
     presets: Option<BTreeMap<String, Spanned<Overrides>>>,
@@ -87,14 +90,15 @@ struct RawModel {
 
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields, bound = "C: NamedConfig")]
-struct RawNetwork<C> {
+pub(super) struct RawNetwork<C> {
     #[serde(deserialize_with = "name_or_table")]
     config: C,
     #[serde(deserialize_with = "dtype")]
     dtype: DType,
-    source: Source,
+    pub(super) source: RawSource,
     #[serde(default)]
-    unused: Vec<String>,
+    pub(super) quantization: Vec<Spanned<RepoFiles>>,
+    pub(super) unused: Option<Spanned<Vec<String>>>,
 }
 
 #[derive(Deserialize)]
@@ -109,8 +113,8 @@ struct RawSize {
 
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RawLora {
-    source: RepoFiles,
+pub(super) struct RawLora {
+    pub(super) source: Spanned<RepoFiles>,
     #[serde(deserialize_with = "finite")]
     scale: f64,
     #[serde(default)]
@@ -129,14 +133,13 @@ pub(super) struct Overrides {
     text_guidance: Option<f64>,
     #[serde(default, deserialize_with = "guidance")]
     audio_guidance: Option<f64>,
-    frames_per_window: Option<Spanned<usize>>,
-    motion_frames: Option<Spanned<usize>>,
+    pub(super) frames_per_window: Option<Spanned<usize>>,
+    pub(super) motion_frames: Option<Spanned<usize>>,
     #[serde(default, deserialize_with = "share")]
     color_correction: Option<f64>,
     /// The threshold; 0 = no caching.
-    #[serde(default, deserialize_with = "guidance")]
-    teacache: Option<f64>,
-    pub(super) loras: Option<Vec<String>>,
+    pub(super) teacache: Option<Spanned<f64>>,
+    pub(super) loras: Option<Spanned<Vec<String>>>,
     prompt: Option<String>,
     negative_prompt: Option<String>,
 }
@@ -162,7 +165,7 @@ impl Overrides {
 
     /// The settings at `size`; what is absent in all places has the reference's default.
     pub(super) fn resolve(self, size: &SizeSpec) -> Generation {
-        let threshold = self.teacache.filter(|threshold| *threshold > 0.0);
+        let threshold = self.teacache.map(Spanned::into_inner).filter(|threshold| *threshold > 0.0);
         let frames = |value: Option<Spanned<usize>>, default| value.map_or(default, Spanned::into_inner);
         Generation {
             steps: self.steps.unwrap_or(40),
@@ -175,7 +178,7 @@ impl Overrides {
             teacache: threshold
                 .zip(size.teacache_coefficients)
                 .map(|(threshold, coefficients)| TeaCacheSpec { threshold, coefficients }),
-            loras: self.loras.unwrap_or_default(),
+            loras: self.loras.map(Spanned::into_inner).unwrap_or_default(),
             prompt: self.prompt.unwrap_or_default(),
             negative_prompt: self.negative_prompt.unwrap_or_default(),
         }
@@ -216,12 +219,14 @@ fn complete(
         let message = format!("`default_size` is {:?}, which is not in `sizes`", default_size.get_ref());
         return Err(Failure::new(default_size.span(), message));
     }
-    let loras = parent.into_iter().flat_map(|parent| &parent.loras).chain(&raw.loras);
-    let loras = loras.map(|(name, lora)| {
+    let no_loras = BTreeMap::new();
+    let loras = raw.loras.as_ref().or(parent.and_then(|p| p.loras.as_ref())).unwrap_or(&no_loras);
+    let loras = loras.iter().map(|(name, lora)| {
         let RawLora { source, scale, ignored } = lora.clone();
-        (name.clone(), LoraSpec { source, scale, ignored })
+        (name.clone(), LoraSpec { source: source.into_inner(), scale, ignored })
     });
-    Ok(ModelSpec {
+    let prepared = raw.prepared.as_ref().or(parent.and_then(|p| p.prepared.as_ref()));
+    let model = ModelSpec {
         name: name.to_owned(),
         description: field!(description).clone(),
         dit: network(field!(dit)),
@@ -229,13 +234,16 @@ fn complete(
         text_encoder: network(field!(text_encoder)),
         image_encoder: network(field!(image_encoder)),
         audio_encoder: network(field!(audio_encoder)),
-        tokenizer: field!(tokenizer).clone(),
+        tokenizer: field!(tokenizer).into(),
         loras: loras.collect(),
+        prepared: prepared.cloned().unwrap_or_else(|| Prepared::Folder("prepared".into())),
         default_size: default_size.get_ref().clone(),
         defaults: parent.map_or_else(|| raw.generation.clone(), |p| raw.generation.clone().or(&p.generation)),
         presets: presets(field!(presets), spanned.span())?,
         sizes,
-    })
+    };
+    check(&model, raw, spanned.span())?;
+    Ok(model)
 }
 
 /// Asks for the fields of one model.
@@ -251,8 +259,13 @@ impl Need<'_> {
 }
 
 fn network<C: Clone>(raw: &RawNetwork<C>) -> NetworkSpec<C> {
-    let RawNetwork { config, dtype, source, unused } = raw.clone();
-    NetworkSpec { config, source, unused, dtype }
+    NetworkSpec {
+        config: raw.config.clone(),
+        source: (&raw.source).into(),
+        quantization: plain(&raw.quantization),
+        unused: raw.unused.as_ref().map(|unused| unused.get_ref().clone()).unwrap_or_default(),
+        dtype: raw.dtype,
+    }
 }
 
 fn sizes(raw: &BTreeMap<String, Spanned<RawSize>>) -> Checked<Vec<SizeSpec>> {
@@ -282,63 +295,6 @@ fn presets(
         return Err(Failure::new(model, format!("the preset `{name}` is missing")));
     }
     Ok(raw.iter().map(|(name, preset)| (name.clone(), preset.get_ref().clone())).collect())
-}
-
-/// Checks what one value alone does not show.
-fn check(model: &ModelSpec, raw: &Spanned<RawModel>) -> Checked<()> {
-    let fail = |message: String| Err(Failure::new(raw.span(), format!("model `{}`: {message}", model.name)));
-    let (dit, audio) = (&model.dit.config, &model.audio_encoder.config);
-    let joints = [
-        ("dit.text_dim", dit.text_dim, "text_encoder.dim", model.text_encoder.config.dim),
-        ("dit.clip_dim", dit.clip_dim, "image_encoder.vision_dim", model.image_encoder.config.vision_dim),
-        ("dit.audio_channels", dit.audio_channels, "audio_encoder.hidden_size", audio.hidden_size),
-        ("dit.audio_blocks", dit.audio_blocks, "audio_encoder.num_hidden_layers", audio.num_hidden_layers),
-        ("dit.out_dim", dit.out_dim, "vae.z_dim", model.vae.config.z_dim),
-    ];
-    for (left, value, right, other) in joints {
-        if value != other {
-            return fail(format!("`{left}` is {value} and `{right}` is {other}, expected the same"));
-        }
-    }
-    for (name, settings) in [("generation", None)].into_iter().chain(PRESETS.map(|name| (name, Some(name)))) {
-        let overrides = match settings {
-            Some(preset) => model.presets[preset].clone().or(&model.defaults),
-            None => model.defaults.clone(),
-        };
-        check_windows(&overrides)?;
-        if let Some(lora) = overrides.loras.iter().flatten().find(|lora| !model.loras.contains_key(*lora)) {
-            return fail(format!("`{name}` uses the LoRA `{lora}`, which is not in `loras`"));
-        }
-        let uses_cache = overrides.teacache.is_some_and(|threshold| threshold > 0.0);
-        if let Some(size) = model.sizes.iter().find(|size| uses_cache && size.teacache_coefficients.is_none())
-        {
-            return fail(format!("`{name}` uses `teacache`, but size `{}` has no coefficients", size.name));
-        }
-    }
-    Ok(())
-}
-
-fn check_windows(settings: &Overrides) -> Checked<()> {
-    for (name, value) in
-        [("frames_per_window", &settings.frames_per_window), ("motion_frames", &settings.motion_frames)]
-    {
-        if let Some(value) = value.as_ref().filter(|value| value.get_ref() % 4 != 1) {
-            let (span, value) = (value.span(), value.get_ref());
-            return Err(Failure::new(span, format!("`{name}` is {value}, expected 4n+1 (for example 81)")));
-        }
-    }
-    let (Some(frames), Some(motion)) = (&settings.frames_per_window, &settings.motion_frames) else {
-        return Ok(());
-    };
-    if motion.get_ref() >= frames.get_ref() {
-        let message = format!(
-            "`motion_frames` is {}, expected less than `frames_per_window`, {}",
-            motion.get_ref(),
-            frames.get_ref()
-        );
-        return Err(Failure::new(motion.span(), message));
-    }
-    Ok(())
 }
 
 fn dtype<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<DType, D::Error> {

@@ -5,8 +5,13 @@ fn tiny_text() -> &'static str {
     &BUILT_IN[BUILT_IN.find("[models.tiny]").unwrap()..]
 }
 
+/// Reads `text` where no variable is set.
+fn parse(text: &str) -> Result<Registry> {
+    Registry::parse(text, "models.toml", &|_| None)
+}
+
 fn error(text: &str) -> String {
-    let error = Registry::parse(text, "models.toml").unwrap_err();
+    let error = parse(text).unwrap_err();
     assert_eq!((error.kind(), error.reason()), (ErrorKind::InvalidInput, Some("MODEL_REGISTRY")));
     error.to_string()
 }
@@ -14,7 +19,10 @@ fn error(text: &str) -> String {
 #[test]
 fn the_built_in_registry_is_sound() {
     let registry = Registry::built_in().unwrap();
-    assert_eq!(registry.names().collect::<Vec<_>>(), ["infinitetalk", "infinitetalk-fast", "tiny"]);
+    assert_eq!(
+        registry.names().collect::<Vec<_>>(),
+        ["infinitetalk", "infinitetalk-fast", "infinitetalk-fp8", "tiny"]
+    );
     for model in registry.models() {
         for size in [None, Some("480p"), Some("720p")] {
             for preset in [None].into_iter().chain(PRESETS.map(Some)) {
@@ -100,7 +108,10 @@ fn unknown_names_are_errors_that_list_the_known_ones() {
     let registry = Registry::built_in().unwrap();
     let missing = registry.model("huge").unwrap_err();
     assert_eq!(missing.kind(), ErrorKind::ModelNotFound);
-    assert!(missing.to_string().contains("infinitetalk, infinitetalk-fast, tiny"), "{missing}");
+    assert!(
+        missing.to_string().contains("infinitetalk, infinitetalk-fast, infinitetalk-fp8, tiny"),
+        "{missing}"
+    );
     let model = registry.model("tiny").unwrap();
     for error in
         [model.generation(Some("8k"), None), model.generation(None, Some("best"))].map(Result::unwrap_err)
@@ -119,7 +130,7 @@ fn the_cpu_computes_in_f32_whatever_the_registry_says() {
 #[test]
 fn mistakes_are_errors_that_name_the_key_and_the_line() {
     let text = tiny_text();
-    Registry::parse(text, "models.toml").unwrap();
+    parse(text).unwrap();
     // What to replace (first occurrence), by what, and what the message must name.
     let cases = [
         ("tokenizer = \"bytes\"", "tokeniser = \"bytes\"", "unknown field `tokeniser`"),
@@ -180,7 +191,7 @@ fn files_are_pinned_or_learned_and_stay_inside_of_their_folder() {
         tiny_text().replacen("source = \"random:42\"", &files, 1)
     };
     let commit = "0123456789abcdef0123456789abcdef01234567";
-    let registry = Registry::parse(&source("a/b", commit, "c/d.safetensors", ""), "models.toml").unwrap();
+    let registry = parse(&source("a/b", commit, "c/d.safetensors", "")).unwrap();
     let files = registry.model("tiny").unwrap().dit.source.files(1).next().unwrap().clone();
     assert_eq!(files.revision.known().unwrap(), commit);
     assert_eq!((files.files[0].size.known(), files.files[0].sha256.known()), (Some(&5), None));
@@ -206,8 +217,156 @@ fn files_are_pinned_or_learned_and_stay_inside_of_their_folder() {
 fn a_registry_file_takes_the_place_of_the_one_built_in() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), tiny_text()).unwrap();
-    assert_eq!(Registry::open(file.path()).unwrap().names().collect::<Vec<_>>(), ["tiny"]);
-    let error = Registry::open("no/models.toml").unwrap_err();
+    assert_eq!(Registry::open(file.path(), &|_| None).unwrap().names().collect::<Vec<_>>(), ["tiny"]);
+    let error = Registry::open("no/models.toml", &|_| None).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ModelNotFound);
     assert!(error.to_string().contains("no/models.toml"), "{error}");
+}
+
+#[test]
+fn a_quantised_model_lists_its_maps_and_has_no_lora() {
+    let registry = Registry::built_in().unwrap();
+    let model = registry.model("infinitetalk-fp8").unwrap();
+    let paths = |speakers| {
+        let files = model.files(speakers, &[]).flat_map(|files| &files.files);
+        files.map(|file| file.path.as_str()).filter(|path| path.starts_with("quant")).collect::<Vec<_>>()
+    };
+    let (t5, map) = ("quant_models/t5_fp8.safetensors", "quant_models/t5_map_fp8.json");
+    for (speakers, name) in [(1, "single"), (2, "multi")] {
+        let dit = ["safetensors", "json"].map(|end| format!("quant_models/infinitetalk_{name}_fp8.{end}"));
+        assert_eq!(paths(speakers), [t5, map, &dit[0], &dit[1]]);
+        assert_eq!(model.dit.quantization(speakers).unwrap().files[0].path, dit[1]);
+    }
+    assert!(model.vae.quantization(1).is_none() && model.loras.is_empty());
+    assert!(model.clone().with_random_weights(1).files(1, &[]).next().is_none());
+}
+
+/// `infinitetalk` and the two models that extend it, with the first `from` replaced by `to`.
+fn changed(from: &str, to: &str) -> String {
+    assert!(BUILT_IN.contains(from), "{from}");
+    BUILT_IN.replacen(from, to, 1)
+}
+
+#[test]
+fn combinations_that_cannot_work_are_errors_that_name_the_line() {
+    // What to replace (first occurrence) by what, the line that is named, and what the message must say.
+    let cases = [
+        ("unused = [\"textual.*\"", "unused = [\"*\"", "unused = [\"*\"", "pass over every tensor"),
+        ("unused = [\"textual.*\"", "unused = [\"log_scale\"", "unused = [", "\"log_scale\" twice"),
+        (
+            "speakers = 2\n",
+            "speakers = 1\n",
+            "[[models.infinitetalk.dit.source]]",
+            "none with `speakers = 2`",
+        ),
+        ("speakers = 2\n", "", "[[models.infinitetalk.dit.source]]", "none with `speakers = 2`"),
+        ("\"single/infinitetalk", "\"multi/infinitetalk", "", "with another size or hash"),
+        ("-00002-of", "-00001-of", "[[models.infinitetalk.dit.source]]", "with another size or hash"),
+        (
+            "-00006-of",
+            "-00005-of",
+            "[[models.infinitetalk.dit.source]]",
+            "-00005-of-00007.safetensors` twice",
+        ),
+        (
+            "loras = {}\n",
+            "loras = { x = { source = \"hf://a/b/c\", scale = 1.0 } }\ngeneration = { loras = [\"x\"] }\n",
+            "generation = { loras",
+            "cannot be merged into a quantised network",
+        ),
+        (
+            "loras = [\"fusionx\"] }",
+            "loras = [\"y\"] }",
+            "quality = { steps = 8",
+            "`y`, which is not in `loras`",
+        ),
+        ("loras = [\"lightx2v\"]", "loras = [\"lightx2v\", \"lightx2v\"]", "loras = [", "`lightx2v`, twice"),
+        ("branch = \"refs/pr/1\"", "branch = \"../x\"", "branch", "expected the name of a branch"),
+        ("prepared = \"prepared\"", "prepared = \"../x\"", "prepared", "`prepared` is \"../x\""),
+        (
+            "source = [\"hf://MeiGen-AI/InfiniteTalk/",
+            "source = [\"hf://MeiGen-AI/InfiniteTalk@main/",
+            "source = [\"hf://",
+            "is \"main\", expected 40 hexadecimal digits",
+        ),
+        (
+            "source = [\"hf://MeiGen-AI/InfiniteTalk/",
+            "source = [\"hf://MeiGen-AI/../",
+            "source = [",
+            "expected hf://",
+        ),
+        (
+            "quantization = [\"hf://",
+            "quantization = [\"http://",
+            "quantization = [",
+            "expected a table of `repo`",
+        ),
+        (
+            "quantization = [",
+            "quantization = [\"hf://MeiGen-AI/InfiniteTalk/x.json\", ",
+            "quantization = [",
+            "has 2 files for 1 speaker(s)",
+        ),
+    ];
+    for (from, to, line, expected) in cases {
+        let message = error(&changed(from, to));
+        assert!(message.contains(expected), "{message}\nexpected {expected}");
+        assert!(message.rsplit(", in `").next().unwrap().starts_with(line), "{message}\nexpected {line}");
+    }
+    let message = error(&changed("revision = \"learn\"", &format!("revision = \"{}\"", "0".repeat(40))));
+    assert!(message.contains("listed with another revision"), "{message}");
+    let random =
+        tiny_text().replacen("source = \"random:42\"", "source = \"random:42\"\nunused = [\"a\"]", 1);
+    assert!(error(&random).contains("the weights are random"));
+}
+
+#[test]
+fn variables_are_looked_up_and_prose_is_left_alone() {
+    let text = tiny_text()
+        .replacen(
+            "tokenizer = \"bytes\"",
+            "tokenizer = [\"hf://$OWNER/${NAME}_x/t.json\"]\nprepared = \"$DIR/p\"",
+            1,
+        )
+        .replacen("A person is talking to the camera.", "$5 or $OWNER", 1);
+    let lookup = |name: &str| match name {
+        "OWNER" => Some("o".to_owned()),
+        "NAME" => Some("n".to_owned()),
+        "DIR" => Some("/d".to_owned()),
+        "EMPTY" => Some(String::new()),
+        _ => None,
+    };
+    let registry = Registry::parse(&text, "models.toml", &lookup).unwrap();
+    let model = registry.model("tiny").unwrap();
+    assert_eq!(model.files(1, &[]).next().unwrap().repo, "o/n_x");
+    assert_eq!(model.prepared, Prepared::Folder("/d/p".into()));
+    assert_eq!(model.generation(None, None).unwrap().prompt, "$5 or $OWNER");
+    for (written, expected) in [
+        ("$MISSING", "`$MISSING` is not set"),
+        ("${EMPTY}", "`$EMPTY` is not set"),
+        ("${OWNER", "without a name"),
+        ("a$", "without a name"),
+        ("${a-b}", "without a name"),
+    ] {
+        let message = Registry::parse(&text.replacen("$OWNER", written, 1), "models.toml", &lookup);
+        let message = message.unwrap_err().to_string();
+        assert!(message.starts_with("models.toml line 3: ") && message.contains(expected), "{message}");
+    }
+}
+
+#[test]
+fn prepared_files_lie_below_the_storage_or_come_from_a_repository() {
+    let storage = ModelStorage::at("/m");
+    let registry = Registry::built_in().unwrap();
+    let prepared = &registry.model("infinitetalk-fast").unwrap().prepared;
+    assert_eq!(prepared.folder(&storage), Path::new("/m/prepared"));
+    assert_eq!(prepared.files(&["a".to_owned()]), None);
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let text = changed("prepared = \"prepared\"", &format!("prepared = \"hf://me/mine@{commit}\""));
+    let registry = parse(&text).unwrap();
+    let prepared = &registry.model("infinitetalk").unwrap().prepared;
+    assert_eq!(prepared.folder(&storage), Path::new("/m/me/mine"));
+    let files = prepared.files(&["dit-0.safetensors".to_owned()]).unwrap();
+    assert_eq!((files.repo.as_str(), files.revision.known().unwrap().as_str()), ("me/mine", commit));
+    assert_eq!(files.files[0].path, "dit-0.safetensors");
 }
