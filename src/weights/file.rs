@@ -1,265 +1,303 @@
-//! Safetensors by positional reads. A memory map would fail on network volumes and would let the page cache decide
-//! how much memory a load takes; the header comes from outside, so nothing in it is believed.
+//! Weight files and the tensors in them, read by position. A memory map would fail on network volumes and would let
+//! the page cache decide how much memory a load takes.
 
-use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io::ErrorKind as Io;
+use std::io::{Error as IoError, ErrorKind as Io};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use safetensors::Dtype;
-use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
-use super::convert::{self, Scratch};
+use super::convert;
 use crate::{Error, ErrorKind, Result};
 
-/// The longest header that is read, as in the format's reference implementation.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// What offsets, lengths and addresses of direct reads are multiples of: the largest block that disks have.
+const ALIGNMENT: usize = 4096;
+
+/// Places at which a file is probed for being in memory already.
+const PROBES: u64 = 16;
+
+/// The most bytes that a tensor may be strewn over: they are read as a whole, and copied once.
+const MAX_STRIDED_BYTES: u64 = 192 << 20;
+
+/// An open file.
+#[derive(Debug)]
+pub(super) struct WeightFile {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+    /// The same file past the page cache, where the file system allows that.
+    direct: Option<File>,
+    direct_fails: AtomicBool,
+    cached: OnceLock<bool>,
+}
+
+/// Bytes at an aligned address, reused from read to read.
+#[derive(Default)]
+pub(super) struct Buffer(Vec<u8>);
+
+/// What a thread has read, how long its steps took, and memory that it reuses.
+#[derive(Default)]
+pub(super) struct Tally {
+    pub(super) bytes: u64,
+    pub(super) read: Duration,
+    pub(super) convert: Duration,
+    pub(super) to_device: Duration,
+    /// A block's values.
+    pub(super) values: Vec<f32>,
+}
+
+impl WeightFile {
+    pub(super) fn open(path: &Path) -> Result<Arc<Self>> {
+        let fail = |e: IoError| {
+            let kind =
+                if e.kind() == Io::NotFound { ErrorKind::ModelNotFound } else { ErrorKind::ModelCorrupt };
+            let message = format!("weight file {} cannot be opened: {e}", path.display());
+            Error::new(kind, message).with_source(e)
+        };
+        let file = File::open(path).map_err(fail)?;
+        let metadata = file.metadata().map_err(fail)?;
+        if !metadata.is_file() {
+            return Err(fail(IoError::new(Io::InvalidInput, "it is no regular file")));
+        }
+        Ok(Arc::new(Self {
+            direct: open_direct(path, &file),
+            path: path.to_owned(),
+            file,
+            bytes: metadata.len(),
+            direct_fails: AtomicBool::new(false),
+            cached: OnceLock::new(),
+        }))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// For directories at the end of a file.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// An error about the file.
+    pub(super) fn corrupt(&self, what: impl std::fmt::Display) -> Error {
+        Error::new(ErrorKind::ModelCorrupt, format!("weight file {}: {what}", self.path.display()))
+    }
+
+    /// An error about one tensor of the file.
+    pub(super) fn corrupt_tensor(&self, tensor: &str, what: impl std::fmt::Display) -> Error {
+        self.corrupt(format_args!("tensor `{tensor}` {what}"))
+    }
+
+    /// Reads `out.len()` bytes from `offset` through the page cache. Fails with the place that cannot be read.
+    pub(super) fn read_exact(&self, offset: u64, out: &mut [u8]) -> Result<(), (u64, IoError)> {
+        let mut done = 0;
+        while done < out.len() {
+            let at = offset + done as u64;
+            match self.file.read_at(&mut out[done..], at) {
+                Ok(0) => return Err((at, IoError::new(Io::UnexpectedEof, "the file ends there"))),
+                Ok(n) => done += n,
+                Err(e) if e.kind() == Io::Interrupted => {}
+                Err(e) => return Err((at, e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a large piece into `buffer`, past the page cache unless the file is in it. Fails with the place that
+    /// cannot be read.
+    pub(super) fn read_piece<'b>(
+        &self,
+        range: Range<u64>,
+        buffer: &'b mut Buffer,
+    ) -> Result<&'b [u8], (u64, IoError)> {
+        let start = range.start / ALIGNMENT as u64 * ALIGNMENT as u64;
+        let (skip, len) = ((range.start - start) as usize, (range.end - range.start) as usize);
+        let bytes = buffer.aligned((skip + len).next_multiple_of(ALIGNMENT));
+        if !self.read_direct(start, bytes, skip + len) {
+            self.read_exact(range.start, &mut bytes[skip..skip + len])?;
+        }
+        Ok(&bytes[skip..skip + len])
+    }
+
+    /// Whether at least the first `needed` of `bytes` could be read from `start`, both aligned. What is wrong when
+    /// they could not shows when the page cache is asked.
+    fn read_direct(&self, start: u64, bytes: &mut [u8], needed: usize) -> bool {
+        let Some(direct) = &self.direct else { return false };
+        if self.direct_fails.load(Ordering::Relaxed) || *self.cached.get_or_init(|| self.is_cached()) {
+            return false;
+        }
+        match direct.read_at(bytes, start) {
+            Ok(n) => n >= needed,
+            Err(_) => {
+                self.direct_fails.store(true, Ordering::Relaxed);
+                false
+            }
+        }
+    }
+
+    /// Whether the page cache seems to hold the file, as after a restart: it then is several times faster than the
+    /// disk.
+    #[cfg(target_os = "linux")]
+    fn is_cached(&self) -> bool {
+        let mut byte = [0];
+        (0..PROBES).all(|i| {
+            let offset = self.bytes.saturating_sub(1) / PROBES * i;
+            let slices = &mut [std::io::IoSliceMut::new(&mut byte)];
+            matches!(
+                rustix::io::preadv2(&self.file, slices, offset, rustix::io::ReadWriteFlags::NOWAIT),
+                Ok(1)
+            )
+        })
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn is_cached(&self) -> bool {
+        true
+    }
+}
+
+/// `path` once more, for direct reads; only if it is `file` still.
+#[cfg(target_os = "linux")]
+fn open_direct(path: &Path, file: &File) -> Option<File> {
+    use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+    let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
+    let direct = File::options().read(true).custom_flags(flags).open(path).ok()?;
+    let id = |file: &File| file.metadata().ok().map(|m| (m.dev(), m.ino()));
+    (id(&direct) == id(file)).then_some(direct)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn open_direct(_: &Path, _: &File) -> Option<File> {
+    None
+}
+
+impl Buffer {
+    fn aligned(&mut self, len: usize) -> &mut [u8] {
+        if self.0.len() < len + ALIGNMENT {
+            self.0 = vec![0; len + ALIGNMENT];
+        }
+        let skip = self.0.as_ptr().align_offset(ALIGNMENT);
+        &mut self.0[skip..skip + len]
+    }
+}
 
 /// One tensor of an open file.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(super) struct FileTensor {
-    file: Arc<(File, PathBuf)>,
-    name: String,
+    pub(super) file: Arc<WeightFile>,
+    pub(super) name: String,
     pub(super) dtype: Dtype,
     pub(super) shape: Vec<usize>,
-    /// Of the first byte, from the start of the file.
-    offset: u64,
+    /// Of the first element, in bytes from the start of the file.
+    pub(super) offset: u64,
+    /// In elements, where the tensor is not stored row by row without gaps.
+    pub(super) strides: Option<Vec<usize>>,
+    /// Whether the bytes of an element are stored in reverse.
+    pub(super) is_big_endian: bool,
 }
 
 impl FileTensor {
-    /// The file that holds the tensor.
-    pub(super) fn path(&self) -> &Path {
-        &self.file.1
+    /// The number of elements.
+    pub(super) fn len(&self) -> usize {
+        self.shape.iter().product()
     }
 
-    /// Reads elements `start..start + out.len()` as f32.
-    pub(super) fn read(&self, start: usize, out: &mut [f32], scratch: &mut Scratch) -> Result<()> {
-        let Some(size) = convert::element_bytes(self.dtype) else {
-            return Err(corrupt(
-                self.path(),
-                &self.name,
-                format!("is {:?}, which no network here uses", self.dtype),
-            ));
+    /// Bytes of one element, or why none can be read.
+    pub(super) fn element_bytes(&self) -> Result<usize> {
+        convert::element_bytes(self.dtype)
+            .ok_or_else(|| self.corrupt(format_args!("is {:?}, which no network here uses", self.dtype)))
+    }
+
+    /// The bytes of the file that elements `start..end` lie in, where they lie without gaps and as they are decoded.
+    pub(super) fn range(&self, start: usize, end: usize) -> Result<Option<Range<u64>>> {
+        if self.strides.is_some() {
+            return Ok(None);
+        }
+        let size = self.element_bytes()? as u64;
+        Ok(Some(self.offset + start as u64 * size..self.offset + end as u64 * size))
+    }
+
+    /// Reads elements `start..start + out.len()` as f32, through the page cache.
+    pub(super) fn read(&self, start: usize, out: &mut [f32], tally: &mut Tally) -> Result<()> {
+        let bytes = match self.range(start, start + out.len())? {
+            Some(range) => self.read_range(range, tally)?,
+            None => {
+                let size = self.element_bytes()?;
+                self.gather(tally)?[start * size..][..out.len() * size].to_vec()
+            }
         };
-        scratch.bytes.resize(out.len() * size, 0);
-        let offset = self.offset + (start * size) as u64;
-        self.file.0.read_exact_at(&mut scratch.bytes, offset).map_err(|e| {
-            corrupt(self.path(), &self.name, format!("cannot be read at byte {offset}: {e}")).with_source(e)
-        })?;
-        convert::decode(self.dtype, &scratch.bytes, out);
+        self.decode(&bytes, out);
         Ok(())
     }
-}
 
-/// Opens `path` and checks its header: every tensor lies inside of the file, they neither overlap nor leave holes,
-/// no name is there twice. Reads no tensor.
-pub(super) fn open(path: &Path) -> Result<Vec<(String, FileTensor)>> {
-    let file = File::open(path).map_err(|e| {
-        let kind = if e.kind() == Io::NotFound { ErrorKind::ModelNotFound } else { ErrorKind::ModelCorrupt };
-        Error::new(kind, format!("weight file {} cannot be opened: {e}", path.display())).with_source(e)
-    })?;
-    let bad =
-        |what: String| Error::new(ErrorKind::ModelCorrupt, format!("weight file {}: {what}", path.display()));
-    let file_bytes = file.metadata().map_err(|e| bad(e.to_string()).with_source(e))?.len();
-    let header_bytes = header_bytes(&file, file_bytes).map_err(bad)?;
-    let mut header = vec![0; header_bytes as usize];
-    file.read_exact_at(&mut header, 8).map_err(|e| bad(format!("header: {e}")).with_source(e))?;
-    let Header(entries) =
-        serde_json::from_slice(&header).map_err(|e| bad(format!("header: {e}")).with_source(e))?;
-
-    let data_start = 8 + header_bytes;
-    check_layout(&entries, file_bytes - data_start).map_err(|(name, what)| corrupt(path, &name, what))?;
-    let file = Arc::new((file, path.to_owned()));
-    Ok(entries
-        .into_iter()
-        .map(|(name, entry)| {
-            let Entry { dtype, shape, data_offsets } = entry;
-            let file = Arc::clone(&file);
-            (name.clone(), FileTensor { file, name, dtype, shape, offset: data_start + data_offsets.0 })
-        })
-        .collect())
-}
-
-/// An error about one tensor of a file.
-fn corrupt(path: &Path, tensor: &str, what: String) -> Error {
-    Error::new(ErrorKind::ModelCorrupt, format!("weight file {}: tensor `{tensor}` {what}", path.display()))
-}
-
-/// The length in front of the header.
-fn header_bytes(file: &File, file_bytes: u64) -> Result<u64, String> {
-    let mut length = [0; 8];
-    file.read_exact_at(&mut length, 0).map_err(|_| format!("{file_bytes} bytes are too few for a header"))?;
-    if length.starts_with(b"PK") {
-        return Err("is a zip archive (a torch pickle?), expected safetensors".to_owned());
-    }
-    let length = u64::from_le_bytes(length);
-    if length > MAX_HEADER_BYTES {
-        return Err(format!("header of {length} bytes, expected at most {MAX_HEADER_BYTES}"));
-    }
-    if length > file_bytes - 8 {
-        return Err(format!("header of {length} bytes in a file of {file_bytes}: it is cut short"));
-    }
-    Ok(length)
-}
-
-/// Fails with a tensor's name and what is wrong with it.
-fn check_layout(entries: &[(String, Entry)], data_bytes: u64) -> Result<(), (String, String)> {
-    let mut ranges = Vec::with_capacity(entries.len());
-    for (name, Entry { dtype, shape, data_offsets: (start, end) }) in entries {
-        let fail = |what: String| Err((name.clone(), what));
-        let bits = shape.iter().try_fold(dtype.bitsize(), |n, d| n.checked_mul(*d));
-        let Some(bits) = bits else { return fail(format!("has the shape {shape:?}, which overflows")) };
-        if start > end || end - start != bits.div_ceil(8) as u64 {
-            let needed = bits.div_ceil(8);
-            return fail(format!("takes {needed} bytes as {dtype:?} {shape:?}, but lies at {start}..{end}"));
-        }
-        if *end > data_bytes {
-            return fail(format!("ends at byte {end} of {data_bytes}: the file is cut short"));
-        }
-        ranges.push((*start, *end, name));
-    }
-    ranges.sort();
-    let mut expected = 0;
-    for (start, end, name) in ranges {
-        if start != expected {
-            let what = if start < expected { "overlaps the one before" } else { "follows a hole" };
-            return Err((name.clone(), format!("starts at byte {start}, expected {expected}: it {what}")));
-        }
-        expected = end;
-    }
-    if expected != data_bytes {
-        let last = entries.iter().max_by_key(|(_, e)| e.data_offsets.1).map_or("none", |(name, _)| name);
-        return Err((last.to_owned(), format!("is the last and ends at byte {expected} of {data_bytes}")));
-    }
-    Ok(())
-}
-
-/// The header's tensors in the order of the file.
-struct Header(Vec<(String, Entry)>);
-
-#[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Entry {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    /// Of the first byte and past the last, from the end of the header.
-    data_offsets: (u64, u64),
-}
-
-impl<'de> Deserialize<'de> for Header {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Entries;
-        impl<'de> Visitor<'de> for Entries {
-            type Value = Header;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-                f.write_str("an object of tensors")
+    /// Decodes elements of the tensor.
+    pub(super) fn decode(&self, bytes: &[u8], out: &mut [f32]) {
+        match convert::element_bytes(self.dtype) {
+            Some(size) if self.is_big_endian && size > 1 => {
+                let mut bytes = bytes.to_vec();
+                bytes.chunks_exact_mut(size).for_each(<[u8]>::reverse);
+                convert::decode(self.dtype, &bytes, out);
             }
+            _ => convert::decode(self.dtype, bytes, out),
+        }
+    }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-                let (mut entries, mut seen) = (Vec::new(), HashSet::new());
-                while let Some(name) = map.next_key::<String>()? {
-                    if !seen.insert(name.clone()) {
-                        return Err(A::Error::custom(format!("tensor `{name}` is there twice")));
-                    }
-                    if name == "__metadata__" {
-                        map.next_value::<HashMap<String, String>>()?;
-                        continue;
-                    }
-                    let entry =
-                        map.next_value().map_err(|e| A::Error::custom(format!("tensor `{name}`: {e}")))?;
-                    entries.push((name, entry));
+    /// The bytes of all elements, row by row without gaps.
+    pub(super) fn gather(&self, tally: &mut Tally) -> Result<Vec<u8>> {
+        let (size, len) = (self.element_bytes()?, self.len());
+        let Some(strides) = &self.strides else {
+            return self.read_range(self.offset..self.offset + (len * size) as u64, tally);
+        };
+        let last: usize = self.shape.iter().zip(strides).map(|(dim, stride)| (dim - 1) * stride).sum();
+        let span = (last as u64 + 1) * size as u64;
+        if span > MAX_STRIDED_BYTES {
+            let what = format!(
+                "is a view that is strewn over {span} bytes, expected at most {MAX_STRIDED_BYTES} or a contiguous one"
+            );
+            let hint = "save it with `.contiguous()`";
+            return Err(self.corrupt(what).with_hint(hint));
+        }
+        let stored = self.read_range(self.offset..self.offset + span, tally)?;
+        let mut bytes = Vec::with_capacity(len * size);
+        let mut index = vec![0; self.shape.len()];
+        for _ in 0..len {
+            let at: usize = index.iter().zip(strides).map(|(i, stride)| i * stride).sum();
+            bytes.extend_from_slice(&stored[at * size..][..size]);
+            for (i, dim) in index.iter_mut().zip(&self.shape).rev() {
+                *i += 1;
+                if *i < *dim {
+                    break;
                 }
-                Ok(Header(entries))
+                *i = 0;
             }
         }
-        deserializer.deserialize_map(Entries)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A file of `header` and `data_bytes` zeros.
-    fn write(header: &str, data_bytes: usize) -> tempfile::NamedTempFile {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-        bytes.extend(header.as_bytes());
-        bytes.resize(bytes.len() + data_bytes, 0);
-        std::fs::write(file.path(), bytes).unwrap();
-        file
+        Ok(bytes)
     }
 
-    fn tensor(name: &str, offsets: [u64; 2]) -> String {
-        format!(r#""{name}":{{"dtype":"F32","shape":[2],"data_offsets":{offsets:?}}}"#)
+    fn read_range(&self, range: Range<u64>, tally: &mut Tally) -> Result<Vec<u8>> {
+        let started = Instant::now();
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        self.file.read_exact(range.start, &mut bytes).map_err(|e| self.unreadable(e))?;
+        tally.read += started.elapsed();
+        tally.bytes += bytes.len() as u64;
+        Ok(bytes)
     }
 
-    #[test]
-    fn a_sound_file_opens_in_any_order_of_its_tensors() {
-        let header = format!(
-            r#"{{"__metadata__":{{"format":"pt"}},{},{}}}"#,
-            tensor("b", [8, 16]),
-            tensor("a", [0, 8])
-        );
-        let tensors = open(write(&header, 16).path()).unwrap();
-        let names: Vec<_> = tensors.iter().map(|(name, _)| name.as_str()).collect();
-        assert_eq!(names, ["b", "a"]);
+    /// An error about the place of the tensor that could not be read.
+    pub(super) fn unreadable(&self, (offset, e): (u64, IoError)) -> Error {
+        self.corrupt(format_args!("cannot be read at byte {offset}: {e}")).with_source(e)
     }
 
-    #[test]
-    fn broken_headers_are_refused_with_the_file_and_the_tensor() {
-        let one = |entry: &str| format!(r#"{{"x":{entry}}}"#);
-        let cases = [
-            (format!("{{{},{}}}", tensor("x", [0, 8]), tensor("y", [4, 12])), 12, "`y` starts at byte 4"),
-            (format!("{{{},{}}}", tensor("x", [0, 8]), tensor("y", [12, 20])), 20, "follows a hole"),
-            (format!("{{{},{}}}", tensor("x", [0, 8]), tensor("x", [8, 16])), 16, "`x` is there twice"),
-            (format!("{{{}}}", tensor("x", [0, 8])), 7, "`x` ends at byte 8 of 7"),
-            (format!("{{{}}}", tensor("x", [0, 8])), 9, "`x` is the last and ends at byte 8 of 9"),
-            (format!("{{{}}}", tensor("x", [0, 4])), 4, "`x` takes 8 bytes"),
-            (format!("{{{}}}", tensor("x", [8, 0])), 8, "`x` takes 8 bytes"),
-            (one(r#"{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}"#), 0, "overflows"),
-            (one(r#"{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}"#), 4, "`x`: invalid value"),
-            (one(r#"{"dtype":"Q8","shape":[1],"data_offsets":[0,4]}"#), 4, "`x`: unknown variant"),
-            (one(r#"{"dtype":"F32","data_offsets":[0,4]}"#), 4, "`x`: missing field `shape`"),
-            (one("7"), 0, "`x`: invalid type"),
-            ("[]".to_owned(), 0, "an object of tensors"),
-            ("{".to_owned(), 0, "header: EOF"),
-            ("[".repeat(100_000), 0, "header: "),
-        ];
-        for (header, data_bytes, expected) in cases {
-            let file = write(&header, data_bytes);
-            let error = open(file.path()).map(|_| ()).unwrap_err();
-            let message = error.to_string();
-            assert_eq!(error.kind(), ErrorKind::ModelCorrupt, "{message}");
-            assert!(message.contains(expected), "{message}, expected {expected}");
-            assert!(message.contains(file.path().to_str().unwrap()), "{message}");
-        }
-    }
-
-    #[test]
-    fn files_that_are_no_safetensors_are_refused() {
-        let cases: [(&[u8], &str); 5] = [
-            (b"", "0 bytes are too few"),
-            (b"\x01\x02", "2 bytes are too few"),
-            (b"PK\x03\x04 torch archive", "torch pickle"),
-            (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", "expected at most"),
-            (b"\x00\x10\x00\x00\x00\x00\x00\x00{}", "cut short"),
-        ];
-        for (bytes, expected) in cases {
-            let file = tempfile::NamedTempFile::new().unwrap();
-            std::fs::write(file.path(), bytes).unwrap();
-            let message = open(file.path()).map(|_| ()).unwrap_err().to_string();
-            assert!(message.contains(expected), "{message}, expected {expected}");
-        }
-    }
-
-    #[test]
-    fn a_missing_file_is_not_found() {
-        let error = open(Path::new("no/such.safetensors")).map(|_| ()).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::ModelNotFound);
-        assert!(error.to_string().contains("no/such.safetensors"));
+    fn corrupt(&self, what: impl std::fmt::Display) -> Error {
+        self.file.corrupt_tensor(&self.name, what)
     }
 }

@@ -8,12 +8,13 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use candle_core::DType;
-use half::{bf16, f16};
+use half::f16;
 use safetensors::Dtype;
 use serde::Deserialize;
 
-use super::convert::Scratch;
-use super::{Stored, corrupt};
+use super::file::Tally;
+use super::recipe::{Needed, Stored};
+use super::{convert, corrupt};
 use crate::Result;
 
 /// What follows a weight's name for its integers or 8-bit floats.
@@ -78,11 +79,10 @@ pub(super) fn is_activation_scale(name: &str, contains: impl Fn(&str) -> bool) -
 
 /// One quantised weight.
 pub(super) struct Quantized<'a> {
-    data: &'a Stored,
+    pub(super) data: &'a Stored,
     /// One per row.
-    scale: Vec<f32>,
-    /// Rounds to the dtype of the scale.
-    round: fn(f32) -> f32,
+    scale: &'a Stored,
+    scale_values: Needed<Vec<f32>>,
     /// Elements in a row.
     width: usize,
 }
@@ -95,8 +95,8 @@ impl<'a> Quantized<'a> {
             tensors.get(&part).ok_or_else(|| corrupt(format!("tensor `{part}` is missing from the weights")))
         };
         let (data, scale) = (part(DATA)?, part(SCALE)?);
-        let (dims, scale_dims) = (data.shape().into_dims(), scale.shape().into_dims());
-        let [rows, width] = dims[..] else {
+        let (dims, scale_dims) = (data.dims(), scale.dims());
+        let [rows, width] = *dims else {
             return Err(corrupt(format!(
                 "tensor `{name}{DATA}` has the shape {dims:?}, expected two dimensions"
             )));
@@ -106,41 +106,44 @@ impl<'a> Quantized<'a> {
                 format!("tensor `{name}{SCALE}` has the shape {scale_dims:?}, expected [{rows}, 1]");
             return Err(corrupt(message));
         }
-        let round = match scale {
-            Stored::File(tensor) => match tensor.dtype {
-                Dtype::BF16 => to_bf16,
-                Dtype::F16 => to_f16,
-                _ => to_f32,
-            },
-            Stored::Memory(tensor) => match tensor.dtype() {
-                DType::BF16 => to_bf16,
-                DType::F16 => to_f16,
-                _ => to_f32,
-            },
-        };
-        Ok(Self { data, scale: scale.read_all()?, round, width })
+        Ok(Self { data, scale, scale_values: Needed::default(), width })
     }
 
-    /// Reads elements `start..start + out.len()`, dequantised.
-    pub(super) fn read(&self, start: usize, out: &mut [f32], scratch: &mut Scratch) -> Result<()> {
-        self.data.read(start, out, scratch)?;
-        for (i, value) in out.iter_mut().enumerate() {
-            *value = (self.round)(*value * self.scale[(start + i) / self.width]);
+    /// The bytes that it takes in a file.
+    pub(super) fn file_bytes(&self) -> Result<u64> {
+        Ok(self.data.file_bytes()? + self.scale.file_bytes()?)
+    }
+
+    /// Scales elements `start..start + values.len()` of the data.
+    pub(super) fn scale(&self, start: usize, values: &mut [f32], tally: &mut Tally) -> Result<()> {
+        let scale = self.scale_values.get(|| self.scale.read_all(tally))?;
+        let round = match self.scale {
+            Stored::File(tensor) => round_to(tensor.dtype == Dtype::BF16, tensor.dtype == Dtype::F16),
+            Stored::Memory(tensor) => round_to(tensor.dtype() == DType::BF16, tensor.dtype() == DType::F16),
+        };
+        let (mut rest, mut at) = (values, start);
+        while !rest.is_empty() {
+            let len = (self.width - at % self.width).min(rest.len());
+            let (row, after) = rest.split_at_mut(len);
+            round(row, scale[at / self.width]);
+            (rest, at) = (after, at + len);
         }
         Ok(())
     }
+
+    /// Gives up the scale's values until they are needed again.
+    pub(super) fn give_up(&self) {
+        self.scale_values.give_up();
+    }
 }
 
-fn to_bf16(value: f32) -> f32 {
-    bf16::from_f32(value).to_f32()
-}
-
-fn to_f16(value: f32) -> f32 {
-    f16::from_f32(value).to_f32()
-}
-
-fn to_f32(value: f32) -> f32 {
-    value
+/// Multiplies a row by its scale and rounds to the scale's dtype.
+fn round_to(is_bf16: bool, is_f16: bool) -> fn(&mut [f32], f32) {
+    match (is_bf16, is_f16) {
+        (true, _) => convert::scale_to_bf16,
+        (_, true) => |row, scale| row.iter_mut().for_each(|v| *v = f16::from_f32(*v * scale).to_f32()),
+        _ => |row, scale| row.iter_mut().for_each(|v| *v *= scale),
+    }
 }
 
 #[cfg(test)]

@@ -35,6 +35,26 @@ fn files_give_what_candle_reads_in_every_dtype() {
 }
 
 #[test]
+fn the_header_may_list_tensors_in_another_order_than_the_file() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let header = r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]},
+        "a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.bytes().chain(1f32.to_le_bytes()).chain(2f32.to_le_bytes()));
+    std::fs::write(file.path(), bytes).unwrap();
+    let vb = Weights::open(&[file.path()]).unwrap().var_builder(DType::F32, &Device::Cpu);
+    assert_eq!(vb.get(1, "a").unwrap().to_vec1::<f32>().unwrap(), [1.0]);
+    assert_eq!(vb.get(1, "b").unwrap().to_vec1::<f32>().unwrap(), [2.0]);
+}
+
+#[test]
+fn a_missing_file_is_not_found() {
+    let error = Weights::open(&["no/such.safetensors"]).map(|_| ()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ModelNotFound);
+    assert!(error.to_string().contains("no/such.safetensors"));
+}
+
+#[test]
 fn shards_are_one_and_a_name_in_two_of_them_is_refused() {
     let (a, b) = (save(&[("a", values(3, DType::F32))]), save(&[("b", values(4, DType::F32))]));
     let weights = Weights::open(&[a.path(), b.path()]).unwrap();
@@ -162,4 +182,139 @@ fn quantised_weights_come_under_the_name_of_the_original() {
     misshapen.insert("m.weight._scale".to_owned(), Tensor::ones(2, DType::F32, &Device::Cpu).unwrap());
     let error = Weights::from_tensors(misshapen).load(DType::F32, &Device::Cpu, &NONE, build).unwrap_err();
     assert!(error.to_string().contains("expected [2, 1]"), "{error}");
+}
+
+#[test]
+fn a_plan_lists_what_is_asked_for_and_reads_nothing() {
+    let file =
+        save(&[("a", values(6, DType::BF16)), ("b", values(5, DType::F32)), ("c", values(1, DType::F32))]);
+    let monitor = Arc::new(LoadMonitor::default());
+    let weights = Weights::open(&[file.path()]).unwrap().watched_by(Arc::clone(&monitor));
+    let build = |vb: VarBuilder<'static>| {
+        vb.get(5, "b")?;
+        vb.to_dtype(DType::BF16).get(6, "a")?;
+        vb.get(5, "b")
+    };
+    let plan = weights.plan(DType::F32, &Device::Cpu, &["c"], build).unwrap();
+    let tensor =
+        |name: &str, len: usize, dtype| PlannedTensor { name: name.into(), shape: len.into(), dtype };
+    let expected = [tensor("b", 5, DType::F32), tensor("a", 6, DType::BF16), tensor("b", 5, DType::F32)];
+    assert_eq!(plan.tensors, expected);
+    assert_eq!((plan.bytes_resident, plan.bytes_to_read), (5 * 4 + 6 * 2, 5 * 4 + 6 * 2));
+    let error = weights.plan(DType::F32, &Device::Cpu, &NONE, build).unwrap_err();
+    assert!(error.to_string().contains("`c`"), "{error}");
+    assert_eq!(monitor.stats(), LoadStats::default());
+    weights.load(DType::F32, &Device::Cpu, &["c"], build).unwrap();
+    assert!(monitor.bytes_read() >= plan.bytes_to_read);
+    assert!(monitor.stats().wall > std::time::Duration::ZERO);
+}
+
+#[test]
+fn a_tensor_may_be_asked_for_twice_and_in_two_dtypes() {
+    let file = save(&[("a", values(1000, DType::F32))]);
+    let weights = Weights::open(&[file.path()]).unwrap();
+    let build = |vb: VarBuilder<'static>| {
+        Ok([vb.get(1000, "a")?, vb.to_dtype(DType::BF16).get(1000, "a")?, vb.get(1000, "a")?])
+    };
+    let tensors = weights.load(DType::F32, &Device::Cpu, &NONE, build).unwrap();
+    for (tensor, dtype) in tensors.iter().zip([DType::F32, DType::BF16, DType::F32]) {
+        assert_eq!(tensor.dtype(), dtype);
+        assert_eq!(bits(tensor), bits(&values(1000, DType::F32).to_dtype(dtype).unwrap()));
+    }
+    // A network that asks for something else the second time, as none does.
+    let calls = std::cell::Cell::new(0);
+    let build = |vb: VarBuilder<'static>| {
+        calls.set(calls.get() + 1);
+        let dtype = if calls.get() == 1 { DType::F32 } else { DType::F16 };
+        vb.to_dtype(dtype).get(1000, "a")
+    };
+    let tensor = weights.load(DType::F32, &Device::Cpu, &NONE, build).unwrap();
+    assert_eq!(bits(&tensor), bits(&values(1000, DType::F16)));
+}
+
+#[test]
+fn what_does_not_fit_is_found_before_anything_is_read() {
+    let file = save(&[("a", values(1000, DType::F32)), ("b", values(4, DType::F32))]);
+    let monitor = Arc::new(LoadMonitor::default());
+    let weights = Weights::open(&[file.path()]).unwrap().watched_by(Arc::clone(&monitor));
+    let load = |unused: &[&str], names: &'static [&'static str]| {
+        let build = move |vb: VarBuilder<'static>| {
+            names.iter().map(|name| vb.get(1000, name)).collect::<candle_core::Result<Vec<_>>>()
+        };
+        weights.load(DType::F32, &Device::Cpu, unused, build).unwrap_err().to_string()
+    };
+    for (message, expected) in [
+        (load(&["b"], &["a", "c"]), "`c` is missing"),
+        (load(&NONE, &["a", "b"]), "`b` has the shape [4], expected [1000]"),
+        (load(&NONE, &["a"]), "1 tensors are not part of the network: `b`"),
+    ] {
+        assert!(message.contains(expected), "{message}, expected {expected}");
+    }
+    assert_eq!(monitor.bytes_read(), 0);
+}
+
+#[test]
+fn a_monitor_ends_a_load_between_two_pieces() {
+    let file = save(&[("a", values(12 << 20, DType::F32))]);
+    let checks = Arc::new(AtomicUsize::new(0));
+    let monitor = LoadMonitor::new({
+        let checks = Arc::clone(&checks);
+        move || match checks.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+            0 => Ok(()),
+            _ => Err(Error::new(ErrorKind::Cancelled, "no longer wanted")),
+        }
+    });
+    let monitor = Arc::new(monitor);
+    let weights = Weights::open(&[file.path()]).unwrap().watched_by(Arc::clone(&monitor));
+    let error = weights.load(DType::F32, &Device::Cpu, &NONE, |vb| vb.get(12 << 20, "a")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+    assert!(checks.load(std::sync::atomic::Ordering::Relaxed) <= 9);
+    assert!(monitor.bytes_read() <= 8 << 20, "{}", monitor.bytes_read());
+}
+
+#[test]
+fn a_lora_is_merged_piece_by_piece_and_stays_in_its_file() {
+    // More than one piece of the base, more than one product of rows, and rows that fill no block.
+    let (rows, width, rank) = (1500, 1801, 3);
+    let matrix =
+        |rows: usize, width: usize, dtype| values(rows * width, dtype).reshape((rows, width)).unwrap();
+    let lora = save(&[
+        ("m.lora_down.weight", matrix(rank, width, DType::BF16)),
+        ("m.lora_up.weight", matrix(rows, rank, DType::BF16)),
+        ("m.alpha", Tensor::new(1.5f32, &Device::Cpu).unwrap()),
+        ("m.diff", matrix(rows, width, DType::F16)),
+    ]);
+    let product = |up: &Tensor, down: &Tensor| {
+        let (up, down) = (up.to_dtype(DType::F32).unwrap(), down.to_dtype(DType::F32).unwrap());
+        ((up.matmul(&down).unwrap() * 0.5).unwrap() * 0.25).unwrap()
+    };
+    let change = product(&matrix(rows, rank, DType::BF16), &matrix(rank, width, DType::BF16));
+    let diff = (matrix(rows, width, DType::F16).to_dtype(DType::F32).unwrap() * 0.25).unwrap();
+    let change = (diff + change).unwrap();
+
+    let codes = Tensor::from_vec(
+        (0..rows * width).map(|i| (i % 251) as f32 - 125.0).collect(),
+        (rows, width),
+        &Device::Cpu,
+    );
+    let codes: Tensor = codes.unwrap().to_dtype(DType::F8E4M3).unwrap();
+    let scale = matrix(rows, 1, DType::F16);
+    let plain = save(&[("m.weight", matrix(rows, width, DType::F32))]);
+    let quantised = save(&[("m.weight._data", codes.clone()), ("m.weight._scale", scale.clone())]);
+    let wide = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
+    let dequantised = wide(&codes).broadcast_mul(&wide(&scale)).unwrap().to_dtype(DType::F16).unwrap();
+    for (file, base) in [(plain, matrix(rows, width, DType::F32)), (quantised, wide(&dequantised))] {
+        let monitor = Arc::new(LoadMonitor::default());
+        let weights = Weights::open(&[file.path()]).unwrap().watched_by(Arc::clone(&monitor));
+        let weights = weights.with_lora(Lora::open(lora.path(), &NONE).unwrap(), 0.25).unwrap();
+        assert_eq!(monitor.bytes_read(), 0, "nothing is read before it is needed");
+        let build = |vb: VarBuilder<'static>| vb.get((rows, width), "m.weight");
+        let plan = weights.plan(DType::F32, &Device::Cpu, &NONE, build).unwrap();
+        let merged = weights.load(DType::F32, &Device::Cpu, &NONE, build).unwrap();
+        assert_eq!(monitor.bytes_read(), plan.bytes_to_read, "each byte once");
+        let expected = (base + &change).unwrap();
+        let error = (merged - &expected).unwrap().abs().unwrap().max_all().unwrap();
+        let largest = expected.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(error.to_scalar::<f32>().unwrap() <= largest * 1e-6);
+    }
 }

@@ -16,20 +16,25 @@
 //! | `diff` | `weight += scale · diff` |
 //! | `diff_b` | `bias += scale · diff_b` |
 
+mod changes;
+mod reference;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use candle_core::{DType, Device, Shape, Tensor};
+use candle_core::{Shape, Tensor};
 
-use super::{Weights, corrupt, patterns};
+pub(super) use changes::Changes;
+pub use reference::merge_reference;
+
+use super::file::Tally;
+use super::patterns;
+use super::recipe::Stored;
 use crate::Result;
 
 /// What may come before a module's name, longest first.
 const PREFIXES: [&str; 4] =
     ["model.diffusion_model.", "base_model.model.", "diffusion_model.", "transformer."];
-
-/// The prefix of the keys that the reference looks at.
-const REFERENCE_PREFIX: &str = "diffusion_model.";
 
 /// The changes of one LoRA file, by the tensor that they change.
 #[derive(Clone, Debug)]
@@ -51,51 +56,50 @@ struct Change {
 #[derive(Clone, Debug)]
 enum Delta {
     /// `factor · up @ down`: up (out, r), down (r, in…), the product in the target's shape.
-    LowRank { up: Tensor, down: Tensor, factor: f64 },
+    LowRank { up: Stored, down: Stored, factor: f64 },
     /// The tensor itself.
-    Full(Tensor),
+    Full(Stored),
 }
 
-/// The parts of a low-rank change while a file is read: key and tensor.
+/// The parts of a low-rank change while a file is sorted: key and tensor.
 #[derive(Default)]
 struct Pair {
-    down: Option<(String, Tensor)>,
-    up: Option<(String, Tensor)>,
-    alpha: Option<(String, Tensor)>,
+    down: Option<(String, Stored)>,
+    up: Option<(String, Stored)>,
+    alpha: Option<(String, Stored)>,
 }
 
 impl Lora {
-    /// Reads a safetensors file. Keys that fit a pattern of `ignored`, where `*` stands for any characters, are passed
-    /// over.
+    /// Indexes a file: its tensors stay in it until a target needs them, apart from the scalars. Keys that fit a
+    /// pattern of `ignored`, where `*` stands for any characters, are passed over.
     ///
     /// # Errors
-    /// Those of [`Weights::open`]. Keys that are no change are reported by [`Weights::with_lora`], together with those
-    /// that fit no tensor of the network.
+    /// Those of [`super::Weights::open`]. Keys that are no change are reported by [`super::Weights::with_lora`], together
+    /// with those that fit no tensor of the network.
     pub fn open(path: impl AsRef<Path>, ignored: &[impl AsRef<str>]) -> Result<Self> {
         let path = path.as_ref();
-        let weights = Weights::open(&[path])?;
-        let mut tensors = HashMap::new();
-        for name in weights.names() {
-            let tensor = weights.0.get(&name, None, DType::F32, &Device::Cpu)?;
-            tensors.insert(name, tensor);
-        }
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-        Self::parse(&name, tensors, ignored)
+        let tensors =
+            super::index(path)?.into_iter().map(|tensor| (tensor.name.clone(), Stored::File(tensor)));
+        Self::sort(&name, tensors.collect(), ignored)
     }
 
     /// Sorts `tensors` by what they change; `name` is used in messages. Otherwise as [`Lora::open`].
     ///
     /// # Errors
-    /// If a tensor's dtype cannot be converted.
+    /// If a scalar's dtype cannot be converted.
     pub fn parse(name: &str, tensors: HashMap<String, Tensor>, ignored: &[impl AsRef<str>]) -> Result<Self> {
+        let tensors = tensors.into_iter().map(|(key, tensor)| (key, Stored::Memory(tensor)));
+        Self::sort(name, tensors.collect(), ignored)
+    }
+
+    fn sort(name: &str, tensors: BTreeMap<String, Stored>, ignored: &[impl AsRef<str>]) -> Result<Self> {
         let mut lora = Self { name: name.to_owned(), changes: BTreeMap::new(), strays: Vec::new() };
         let mut pairs = BTreeMap::<String, Pair>::new();
-        let tensors: BTreeMap<_, _> = tensors.into_iter().collect();
         for (key, tensor) in tensors {
             if patterns::matches_any(ignored, &key) {
                 continue;
             }
-            let tensor = tensor.to_dtype(DType::F32)?;
             let bare = PREFIXES.iter().find_map(|prefix| key.strip_prefix(prefix)).unwrap_or(&key).to_owned();
             let Some((module, part)) = split_part(&bare) else {
                 lora.strays.push(key);
@@ -120,7 +124,7 @@ impl Lora {
             }
         }
         for (module, pair) in pairs {
-            match pair.into_change() {
+            match pair.into_change()? {
                 Ok(change) => lora.add(format!("{module}.weight"), change),
                 Err(strays) => lora.strays.extend(strays),
             }
@@ -162,15 +166,10 @@ impl Lora {
 
 impl Pair {
     /// The change, or the keys that do not make one.
-    fn into_change(self) -> Result<Change, Vec<String>> {
-        let alpha = self.alpha.as_ref().map(|(key, tensor)| (key.clone(), scalar(tensor)));
+    fn into_change(self) -> Result<Result<Change, Vec<String>>> {
         let (Some((down_key, down)), Some((up_key, up))) = (&self.down, &self.up) else {
-            let keys = [self.down, self.up, self.alpha];
-            return Err(keys
-                .into_iter()
-                .flatten()
-                .map(|(key, _)| format!("{key} (lacks its counterpart)"))
-                .collect());
+            let keys = [self.down, self.up, self.alpha].into_iter().flatten();
+            return Ok(Err(keys.map(|(key, _)| format!("{key} (lacks its counterpart)")).collect()));
         };
         let (down_dims, up_dims) = (down.dims(), up.dims());
         // A convolution's `up` has kernel sides of 1.
@@ -182,32 +181,34 @@ impl Pair {
         if !is_pair {
             let describe =
                 |key: &str, dims: &[usize]| format!("{key} (shape {dims:?} does not fit its counterpart)");
-            return Err(vec![describe(down_key, down_dims), describe(up_key, up_dims)]);
+            return Ok(Err(vec![describe(down_key, down_dims), describe(up_key, up_dims)]));
         }
         let mut keys = vec![down_key.clone(), up_key.clone()];
         let mut factor = 1.0;
-        if let Some((key, value)) = alpha {
-            let Some(value) = value else { return Err(vec![format!("{key} (is not a finite scalar)")]) };
+        if let Some((key, alpha)) = &self.alpha {
+            let Some(value) = scalar(alpha)? else {
+                return Ok(Err(vec![format!("{key} (is not a finite scalar)")]));
+            };
             factor = value / down_dims[0] as f64;
-            keys.push(key);
+            keys.push(key.clone());
         }
-        Ok(Change { keys, delta: Delta::LowRank { up: up.clone(), down: down.clone(), factor } })
+        Ok(Ok(Change { keys, delta: Delta::LowRank { up: up.clone(), down: down.clone(), factor } }))
     }
 }
 
-fn scalar(tensor: &Tensor) -> Option<f64> {
-    let values = tensor.flatten_all().and_then(|t| t.to_vec1::<f32>()).ok()?;
-    match values[..] {
-        [value] if value.is_finite() => Some(f64::from(value)),
-        _ => None,
+fn scalar(tensor: &Stored) -> Result<Option<f64>> {
+    if tensor.dims().iter().product::<usize>() != 1 {
+        return Ok(None);
     }
+    let value = f64::from(tensor.read_all(&mut Tally::default())?[0]);
+    Ok(value.is_finite().then_some(value))
 }
 
 impl Delta {
     /// Whether the change has as many rows and elements as a tensor of `shape`.
     fn fits(&self, shape: &Shape) -> bool {
         match self {
-            Self::Full(tensor) => tensor.shape() == shape,
+            Self::Full(tensor) => tensor.dims() == shape.dims(),
             Self::LowRank { up, down, .. } => {
                 let rows = up.dims()[0];
                 let width: usize = down.dims()[1..].iter().product();
@@ -216,34 +217,12 @@ impl Delta {
         }
     }
 
-    /// The change of a tensor, flattened.
-    fn values(&self) -> candle_core::Result<Tensor> {
+    fn stored(&self) -> Vec<&Stored> {
         match self {
-            Self::Full(tensor) => tensor.flatten_all(),
-            Self::LowRank { up, down, factor } => {
-                (up.flatten_from(1)?.matmul(&down.flatten_from(1)?)? * *factor)?.flatten_all()
-            }
+            Self::LowRank { up, down, .. } => vec![up, down],
+            Self::Full(tensor) => vec![tensor],
         }
     }
-}
-
-/// The sum of what `loras`, each with its scale, add to tensor `target` of `shape`; `None` if nothing.
-pub(super) fn delta(loras: &[(Lora, f64)], target: &str, shape: &Shape) -> Result<Option<Vec<f32>>> {
-    let mut sum: Option<Tensor> = None;
-    for (lora, scale) in loras {
-        for change in lora.changes.get(target).into_iter().flatten() {
-            if !change.delta.fits(shape) {
-                let (keys, shape) = (super::list(&change.keys, super::LISTED_KEYS), shape.dims());
-                return Err(corrupt(format!("LoRA {}: {keys} does not fit `{target}` {shape:?}", lora.name)));
-            }
-            let values = (change.delta.values()? * *scale)?;
-            sum = Some(match sum {
-                Some(sum) => (sum + values)?,
-                None => values,
-            });
-        }
-    }
-    Ok(sum.map(|sum| sum.to_vec1()).transpose()?)
 }
 
 /// What follows a module's name.
@@ -281,52 +260,11 @@ fn split_part(key: &str) -> Option<(&str, Part)> {
     PARTS.iter().find_map(|(suffix, part)| Some((key.strip_suffix(suffix)?, *part)))
 }
 
-/// The tensors of `base` that `lora` changes, merged as the reference does: all in the dtype of the base, each step
-/// rounded to it; `alpha`, `diff_m`, `lora_A`/`lora_B`, keys without `diffusion_model.` and a down without its up
-/// are passed over.
-///
-/// # Errors
-/// `ModelCorrupt` if a key's target is not in `base` or has another shape.
-pub fn merge_reference(
-    base: &HashMap<String, Tensor>,
-    lora: &HashMap<String, Tensor>,
-    scale: f64,
-) -> Result<HashMap<String, Tensor>> {
-    let mut merged = HashMap::new();
-    let keys: BTreeMap<_, _> = lora.iter().collect();
-    for (key, tensor) in keys {
-        let Some(bare) = key.strip_prefix(REFERENCE_PREFIX) else { continue };
-        let (target, pair) = if let Some(module) = bare.strip_suffix(".lora_down.weight") {
-            let Some(up) = lora.get(&format!("{REFERENCE_PREFIX}{module}.lora_up.weight")) else { continue };
-            (format!("{module}.weight"), Some(up))
-        } else if let Some((module, part @ (Part::Weight | Part::Bias))) = split_part(bare) {
-            (format!("{module}.{}", part.target().unwrap_or_default()), None)
-        } else {
-            continue;
-        };
-        let current = merged.get(&target).or_else(|| base.get(&target));
-        let current =
-            current.ok_or_else(|| corrupt(format!("LoRA key `{key}`: there is no tensor `{target}`")))?;
-        let dtype = current.dtype();
-        let round = |x: Tensor| x.to_dtype(dtype)?.to_dtype(DType::F32);
-        let delta = match pair {
-            Some(up) => round(round(up.clone())?.matmul(&round(tensor.clone())?)?)?,
-            None => round(tensor.clone())?,
-        };
-        if delta.dims() != current.dims() {
-            let (found, expected) = (delta.dims(), current.dims());
-            return Err(corrupt(format!(
-                "LoRA key `{key}` has the shape {found:?}, `{target}` has {expected:?}"
-            )));
-        }
-        let sum = (current.to_dtype(DType::F32)? + round((delta * scale)?)?)?.to_dtype(dtype)?;
-        merged.insert(target, sum);
-    }
-    Ok(merged)
-}
-
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device};
+
+    use super::super::Weights;
     use super::*;
 
     fn tensors(list: &[(&str, &[f32], &[usize])]) -> HashMap<String, Tensor> {
