@@ -41,6 +41,10 @@ pub enum ErrorKind {
     Inference,
     /// The video could not be encoded or written.
     Encode,
+    /// The disk has too little space for a file.
+    InsufficientDisk,
+    /// A file that is not a video could not be written.
+    Unwritable,
     /// The caller cancelled the generation.
     Cancelled,
 }
@@ -52,13 +56,14 @@ pub struct Error {
     message: String,
     hint: Option<String>,
     reason: Option<&'static str>,
+    received_format: Option<&'static str>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// An error of `kind`; `message` names the thing, what it was and what was expected.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), hint: None, reason: None, source: None }
+        Self { kind, message: message.into(), hint: None, reason: None, received_format: None, source: None }
     }
 
     /// Adds what the caller can do about it.
@@ -70,6 +75,12 @@ impl Error {
     /// Adds a finer word than the kind, such as `IMAGE_DIMENSIONS`.
     pub fn with_reason(mut self, reason: &'static str) -> Self {
         self.reason = Some(reason);
+        self
+    }
+
+    /// Adds what a medium was found to be, such as `gif`, where it is not of a supported form.
+    pub fn with_received_format(mut self, format: &'static str) -> Self {
+        self.received_format = Some(format);
         self
     }
 
@@ -92,6 +103,11 @@ impl Error {
     /// A finer word than the kind.
     pub fn reason(&self) -> Option<&'static str> {
         self.reason
+    }
+
+    /// What a medium was found to be.
+    pub fn received_format(&self) -> Option<&'static str> {
+        self.received_format
     }
 }
 

@@ -108,6 +108,11 @@ impl Config {
         Ok(())
     }
 
+    /// Rows of the output: a class token and one for each patch.
+    pub fn rows(&self) -> usize {
+        1 + self.grid().pow(2)
+    }
+
     /// Patches along one side of the image.
     fn grid(&self) -> usize {
         self.image_size / self.patch_size
@@ -148,7 +153,7 @@ impl Model {
             // A convolution whose stride is its kernel is a linear layer over flattened patches.
             patch_embedding: Linear::from_parts(patch_weight.flatten_from(1)?, None),
             cls_embedding: vb.get((1, 1, dim), "cls_embedding")?,
-            pos_embedding: vb.get((1, 1 + cfg.grid().pow(2), dim), "pos_embedding")?,
+            pos_embedding: vb.get((1, cfg.rows(), dim), "pos_embedding")?,
             pre_norm: LayerNorm::new(dim, cfg.eps, vb.pp("pre_norm"))?,
             blocks: blocks.collect::<Result<_>>()?,
             config: cfg.clone(),

@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
-use candle_core::{D, DType, Result, Tensor, bail};
+use candle_core::{D, DType, Result, Shape, Tensor, bail};
 use candle_nn::VarBuilder;
 
 use super::activation::gelu_tanh_scalar;
@@ -38,6 +38,12 @@ impl Linear {
     /// A layer of `weight` (out, in) and `bias` (out).
     pub fn from_parts(weight: Tensor, bias: Option<Tensor>) -> Self {
         Self { weight, bias, transposed: OnceLock::new() }
+    }
+
+    /// Bytes of the copy that a layer on the CPU keeps of a weight of this shape, once it has run.
+    pub(crate) fn transposed_bytes(weight: &Shape) -> usize {
+        let is_kept = weight.rank() == 2 && weight.elem_count() <= MAX_TRANSPOSED;
+        if is_kept { weight.elem_count() * DType::F32.size_in_bytes() } else { 0 }
     }
 
     /// Maps `xs` (…, in) to (…, out), in the dtype of `xs`.

@@ -1,21 +1,34 @@
 //! One generation of the product: decoded inputs to an MP4.
 
-use std::path::Path;
+use std::cell::OnceCell;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-use super::infinitetalk::{Conditioning, Control, generate_windows};
-use super::load::Pipeline;
+use super::infinitetalk::{Conditioning, Control, Networks, Reference, generate_windows};
+use super::load::{Order, Prepared};
+use super::memory::{Activations, Budget, Extent, MemoryPlan, Place};
 use super::progress::{Progress, Stage};
 use super::settings::{FPS, Settings};
-use crate::Result;
+use super::shelf::Shelf;
+use super::supply::{Ledger, Reading, Supply};
+use crate::device::Processor;
 use crate::media::audio::{Soundtrack, Speakers, TARGET_LUFS, VOICE_RATE_HZ, Voice, normalize_to};
 use crate::media::image::{DEFAULT_FACE_SCALE, PersonMasks, Portrait, Size, frames_to_rgb};
 use crate::media::video::{AudioTrack, Quality, VideoOptions, VideoWriter, thumbnail_jpeg};
+use crate::models::{clip_vision, umt5, wan, wan_vae, wav2vec2};
+use crate::prepared::{NetworkKey, NetworkKind, PromptEmbeds, Selection};
+use crate::registry::{ModelSpec, ModelStorage, TokenizerSource};
+use crate::tokenizer::Tokenizer;
+use crate::weights::{LoadMonitor, LoadStats};
+use crate::{Error, ErrorKind, Result};
 
 /// Samples of the 16 kHz signal in one frame of video.
 const SAMPLES_PER_FRAME: usize = VOICE_RATE_HZ as usize / FPS;
@@ -45,6 +58,21 @@ pub struct Video {
     pub thumbnail: Option<Vec<u8>>,
     /// Where the time went.
     pub timings: Timings,
+    /// What was loaded for it; `None` where all networks were there.
+    pub loading: Option<Loading>,
+    /// How it fitted into memory.
+    pub plan: Option<MemoryPlan>,
+}
+
+/// The loading of networks.
+#[derive(Clone, Debug)]
+pub struct Loading {
+    /// From the first one's begin to the last one's end. Voices, prompts and portrait were encoded meanwhile.
+    pub wall: Duration,
+    /// What it consisted of.
+    pub stats: LoadStats,
+    /// Why prepared files were passed over, in sentences for people.
+    pub notes: Vec<String>,
 }
 
 /// Where the time of a generation went.
@@ -58,6 +86,8 @@ pub struct Timings {
     pub denoise: Duration,
     /// One denoising step, on average.
     pub per_step: Duration,
+    /// The first denoising step.
+    pub first_step: Duration,
     /// Latents to frames, colours included.
     pub decode: Duration,
     /// Waiting for the encoder and closing the file.
@@ -76,30 +106,208 @@ pub fn num_frames(inputs: &Inputs, settings: &Settings) -> usize {
     samples.div_ceil(SAMPLES_PER_FRAME).min(settings.sampling.max_frames)
 }
 
+/// All that a video is made of.
+pub struct Job<'a> {
+    /// The model.
+    pub spec: &'a ModelSpec,
+    /// Where its files lie.
+    pub storage: &'a ModelStorage,
+    /// What is asked for.
+    pub settings: &'a Settings,
+    /// The opened image and voices.
+    pub inputs: Inputs,
+    /// The file to write, which appears when it is complete.
+    pub output: &'a Path,
+}
+
+/// Makes videos on one device, and keeps the networks of the last ones.
+pub struct Pipeline {
+    device: Device,
+    /// The most bytes of the device to use.
+    limit: Option<u64>,
+    /// What there was before anything was loaded.
+    budget: Option<Budget>,
+    shelf: Shelf,
+    texts: Option<Texts>,
+}
+
 impl Pipeline {
-    /// Makes the video and writes it to `output`, which appears when it is complete.
+    /// A pipeline without networks, which uses no more than `limit` bytes of `device`.
+    pub fn new(device: Device, limit: Option<u64>) -> Self {
+        Self { device, limit, budget: None, shelf: Shelf::default(), texts: None }
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Drops all networks, as after an error of the device.
+    pub fn clear(&mut self) {
+        self.shelf = Shelf::default();
+    }
+
+    /// Makes the video. Networks that an earlier one has left are used again; the others are read while those that
+    /// are there already work. What was read stays, as far as memory allows, also where the video comes to nothing.
     ///
     /// # Errors
-    /// Those of [`generate_windows`], and [`ErrorKind::Encode`](crate::ErrorKind::Encode) when the file cannot be written.
-    pub fn generate(
+    /// [`ErrorKind::OutOfMemory`] before anything is read where the video does not fit, [`ErrorKind::ModelNotFound`]
+    /// naming a file or LoRA that is not there, [`ErrorKind::ModelCorrupt`] naming a file and tensor that do not fit,
+    /// those of [`generate_windows`], and [`ErrorKind::Encode`] when the file cannot be written.
+    pub fn generate(&mut self, job: Job, mut control: Control) -> Result<Video> {
+        control.cancel.check()?;
+        let Job { spec, storage, settings, inputs, output } = job;
+        let extent = Extent {
+            size: settings.video_size(inputs.portrait.size()),
+            frames: num_frames(&inputs, settings),
+            persons: if inputs.second_voice.is_some() { 2 } else { 1 },
+        };
+        let selection = Selection { spec, storage, speakers: extent.persons, loras: &settings.loras };
+        check_installed(&selection)?;
+        let texts = Texts::of(&selection, &self.device, self.texts.take())?;
+        let texts = self.texts.insert(texts);
+
+        let budget = match self.budget.filter(|_| !self.shelf.is_empty()) {
+            Some(budget) => budget,
+            None => *self.budget.insert(Budget::of(&self.device, self.limit)?),
+        };
+        let order = Order::new(selection, &self.device, kinds(settings, texts), &self.shelf)?;
+        let activations = Activations::of(spec, settings, extent, Processor::of(&self.device));
+        let plan = MemoryPlan::choose(order.weights(), activations, budget)?;
+        let bytes_to_read = order.bytes_to_read();
+        // A panic in what follows leaves nothing behind that could be broken.
+        let mut shelf = std::mem::take(&mut self.shelf);
+        let Prepared { ready, free, loader } = order.prepare(plan, &mut shelf)?;
+        let is_warm = loader.is_empty();
+        let notes = loader.notes();
+
+        let ledger = Ledger::new(free);
+        let (cancel, stopped) = (control.cancel.clone(), ledger.stopped());
+        let monitor = LoadMonitor::new(move || match stopped.load(Ordering::Relaxed) {
+            true => Err(Error::new(ErrorKind::Cancelled, "the networks are not needed any more")),
+            false => cancel.check(),
+        });
+        let reading = Reading::new(Arc::new(monitor), bytes_to_read);
+        let (delivered, arriving) = mpsc::channel();
+        let mut supply = Supply {
+            ready,
+            arriving,
+            left: Vec::new(),
+            reading: &reading,
+            ledger: &ledger,
+            encoders_leave: plan.encoders != Place::Device,
+            began: Instant::now(),
+            complete: None,
+        };
+        let made = thread::scope(|scope| {
+            let load = || loader.run(&reading, &ledger, move |arrival| delivered.send(arrival).is_ok());
+            let loading = thread::Builder::new().name("loader".to_owned()).spawn_scoped(scope, load);
+            loading
+                .map_err(|e| Error::new(ErrorKind::Inference, format!("no thread can be started: {e}")))?;
+            let run = Run { device: &self.device, selection, settings, extent, texts };
+            let made = run.make(inputs, output, &mut supply, &mut control);
+            ledger.stop(); // whoever gives up stops what is still being read
+            made
+        });
+        let complete = supply.complete;
+        supply.keep().for_each(|kept| shelf.put(kept));
+        self.shelf = shelf;
+        let mut video = made.map_err(|e| control.cancel.check().err().unwrap_or(e))?;
+        let stats = reading.monitor.stats();
+        video.loading = (!is_warm).then(|| Loading { wall: complete.unwrap_or_default(), stats, notes });
+        video.plan = Some(plan);
+        Ok(video)
+    }
+}
+
+/// The networks that are needed, in the order in which they are.
+fn kinds(settings: &Settings, texts: &Texts) -> impl Iterator<Item = NetworkKind> + use<> {
+    let texts_known = texts.cover(settings);
+    NetworkKind::ALL.into_iter().filter(move |kind| !(texts_known && *kind == NetworkKind::TextEncoder))
+}
+
+/// Fails before anything is read when a file is not there.
+fn check_installed(selection: &Selection) -> Result<()> {
+    let missing = selection.missing_files()?;
+    let Some(first) = missing.first() else { return Ok(()) };
+    let message = format!(
+        "the model `{}` is not installed: {} of its files are missing, the first is {}",
+        selection.spec.name,
+        missing.len(),
+        first.display()
+    );
+    let hint = "run `handler prefetch`, or take `tiny`, which needs no files";
+    Err(Error::new(ErrorKind::ModelNotFound, message).with_hint(hint))
+}
+
+/// What turns prompts into rows, beside the text encoder.
+struct Texts {
+    encoder: NetworkKey,
+    tokenizer_files: Vec<PathBuf>,
+    tokenizer: OnceCell<Tokenizer>,
+    stored: PromptEmbeds,
+}
+
+impl Texts {
+    /// Those of a model, `before` where they are the same.
+    fn of(selection: &Selection, device: &Device, before: Option<Self>) -> Result<Self> {
+        let encoder = selection.find(NetworkKind::TextEncoder)?.key;
+        let tokenizer_files = match &selection.spec.tokenizer {
+            TokenizerSource::Bytes => Vec::new(),
+            TokenizerSource::Files(repos) => selection.storage.paths(repos).collect(),
+        };
+        match before {
+            Some(texts) if texts.encoder == encoder && texts.tokenizer_files == tokenizer_files => Ok(texts),
+            _ => Ok(Self {
+                encoder,
+                tokenizer_files,
+                tokenizer: OnceCell::new(),
+                stored: PromptEmbeds::open(selection, device)?,
+            }),
+        }
+    }
+
+    /// Whether the rows of all prompts are stored.
+    fn cover(&self, settings: &Settings) -> bool {
+        let stored = |text: &str| self.stored.get(text).is_some();
+        stored(&settings.prompt) && (!settings.needs_negative_prompt() || stored(&settings.negative_prompt))
+    }
+
+    fn tokenizer(&self, selection: &Selection) -> Result<&Tokenizer> {
+        if let Some(tokenizer) = self.tokenizer.get() {
+            return Ok(tokenizer);
+        }
+        let tokenizer = selection.tokenizer()?;
+        Ok(self.tokenizer.get_or_init(|| tokenizer))
+    }
+}
+
+/// One generation, while its networks arrive.
+struct Run<'a> {
+    device: &'a Device,
+    selection: Selection<'a>,
+    settings: &'a Settings,
+    extent: Extent,
+    texts: &'a Texts,
+}
+
+impl Run<'_> {
+    fn make(
         &self,
-        settings: &Settings,
         inputs: Inputs,
         output: &Path,
-        control: Control,
+        supply: &mut Supply,
+        control: &mut Control,
     ) -> Result<Video> {
-        let frames = num_frames(&inputs, settings);
-        let size = settings.video_size(inputs.portrait.size());
-        let mut watch = Stopwatch::new(control.progress);
-        watch.tell(Progress { stage: Stage::Audio, window: 0, windows: 0, step: 0, steps: 0 });
-        let started = Instant::now();
-        let audio_embeds = self.audio_embeds(&inputs, settings, frames)?;
-        let audio = started.elapsed();
-        control.cancel.check()?;
-        let conditioning = self.conditioning(&inputs.portrait, settings, size, audio_embeds)?;
+        let Self { settings, extent: Extent { size, frames, .. }, .. } = *self;
+        if supply.is_complete() {
+            (control.progress)(Progress::at(Stage::Audio)); // else it is told what is read
+        }
+        let (conditioning, audio, encode) = self.conditioning(&inputs, supply, control)?;
         let track = audio_track(&inputs, settings, frames);
         drop(inputs); // The track decodes the original bytes; the 16 kHz signals have been heard.
-        control.cancel.check()?;
+        let vae = supply.take::<wan_vae::Vae>(NetworkKind::Vae, control)?;
+        let dit = supply.take::<wan::Model>(NetworkKind::Dit, control)?;
 
         let mut writer = VideoWriter::create(
             output,
@@ -111,15 +319,17 @@ impl Pipeline {
                 audio: Some(track),
             },
         )?;
+        let mut watch = Stopwatch::new(control.progress);
+        watch.tell(Progress::at(Stage::Audio));
         let (mut thumbnail, mut muxing) = (None, Duration::ZERO);
         let mut sampling = settings.sampling.clone();
         sampling.max_frames = frames;
         let mut tell = |progress| watch.tell(progress);
         let made = generate_windows(
-            &self.networks,
+            Networks { dit: &dit, vae: &vae },
             &conditioning,
             &sampling,
-            &mut |window, shape| Ok(noise(settings.seed, window, shape)?.to_device(&self.device)?),
+            &mut |window, shape| Ok(noise(settings.seed, window, shape)?.to_device(self.device)?),
             &mut Control { cancel: control.cancel, progress: &mut tell },
             &mut |part| {
                 for frame in frames_to_rgb(&part)? {
@@ -138,14 +348,64 @@ impl Pipeline {
         let summary = writer.finish()?;
         let mux = muxing + closing.elapsed();
         watch.tell(Progress { stage: Stage::Done, ..watch.last });
-        let timings = watch.timings(audio, muxing, mux);
-        let size_bytes = summary.size_bytes;
-        Ok(Video { frames, size, size_bytes, seed: settings.seed, thumbnail, timings })
+        let timings = watch.timings(muxing);
+        let timings = Timings { audio, encode: encode + timings.encode, mux, ..timings };
+        let (size_bytes, seed) = (summary.size_bytes, settings.seed);
+        Ok(Video { frames, size, size_bytes, seed, thumbnail, timings, loading: None, plan: None })
+    }
+
+    /// What the DiT is told: voices, prompts and portrait, each as soon as its encoder is there. Beside it there is
+    /// how long the voices took, and the rest.
+    fn conditioning(
+        &self,
+        inputs: &Inputs,
+        supply: &mut Supply,
+        control: &mut Control,
+    ) -> Result<(Conditioning, Duration, Duration)> {
+        let Self { device, settings, extent, .. } = *self;
+        let (mut audio, mut encode) = (Duration::ZERO, Duration::ZERO);
+        let audio_embeds = {
+            let encoder = supply.take::<wav2vec2::Model>(NetworkKind::AudioEncoder, control)?;
+            timed(&mut audio, || self.audio_embeds(&encoder, inputs))?
+        };
+        supply.done(NetworkKind::AudioEncoder);
+        let (context, negative_context) = {
+            let encoder = match self.texts.cover(settings) {
+                true => None,
+                false => Some(supply.take::<umt5::Model>(NetworkKind::TextEncoder, control)?),
+            };
+            let rows = |text: &str| self.context(encoder.as_deref(), text);
+            timed(&mut encode, || {
+                let negative = settings.needs_negative_prompt().then(|| rows(&settings.negative_prompt));
+                Ok((rows(&settings.prompt)?, negative.transpose()?))
+            })?
+        };
+        supply.done(NetworkKind::TextEncoder);
+        let frame = inputs.portrait.fit(extent.size).to_tensor(device)?;
+        let image_embeds = {
+            let clip = supply.take::<clip_vision::Model>(NetworkKind::ImageEncoder, control)?;
+            timed(&mut encode, || Reference::image_embeds(&clip, &frame))?
+        };
+        supply.done(NetworkKind::ImageEncoder);
+        let vae = supply.take::<wan_vae::Vae>(NetworkKind::Vae, control)?;
+        let window = settings.sampling.frames_per_window;
+        let reference = timed(&mut encode, || Reference::encode(&vae, frame, image_embeds, window))?;
+
+        let source = inputs.portrait.size();
+        let masks = match (audio_embeds.len(), settings.boxes) {
+            (1, _) => None,
+            (_, None) => Some(PersonMasks::halves(source, DEFAULT_FACE_SCALE)),
+            (_, Some(boxes)) => Some(PersonMasks::from_boxes(source, boxes)?),
+        };
+        let masks = masks.map(|masks| masks.latents(extent.size, device)).transpose()?;
+        let references = vec![(0, reference)];
+        Ok((Conditioning { references, audio_embeds, context, negative_context, masks }, audio, encode))
     }
 
     /// Each person's embeddings (frames, layers, channels). Audio of a window or less is followed by silence, so
     /// that the window has the audio around its last frame, too.
-    fn audio_embeds(&self, inputs: &Inputs, settings: &Settings, frames: usize) -> Result<Vec<Tensor>> {
+    fn audio_embeds(&self, encoder: &wav2vec2::Model, inputs: &Inputs) -> Result<Vec<Tensor>> {
+        let Self { settings, extent: Extent { frames, .. }, .. } = *self;
         let normalized = |voice: &Voice| {
             let mut signal = voice.signal().to_vec();
             normalize_to(&mut signal, VOICE_RATE_HZ, TARGET_LUFS);
@@ -161,46 +421,32 @@ impl Pipeline {
         let embed = |mut signal: Vec<f32>| {
             signal.truncate(frames * SAMPLES_PER_FRAME);
             signal.resize(len * SAMPLES_PER_FRAME, 0.0);
-            Ok(self.audio_encoder.embed(&signal, len)?)
+            Ok(encoder.embed(&signal, len)?)
         };
         signals.into_iter().map(embed).collect()
     }
 
-    /// Prompt, portrait and masks as tensors.
-    fn conditioning(
-        &self,
-        portrait: &Portrait,
-        settings: &Settings,
-        size: Size,
-        audio_embeds: Vec<Tensor>,
-    ) -> Result<Conditioning> {
-        let needs_negative = settings.sampling.guidance.branches().iter().any(|b| !b.has_prompt());
-        let negative_context = match needs_negative {
-            true => Some(self.context(&settings.negative_prompt)?),
-            false => None,
+    /// A prompt's rows, as many as the DiT takes: those that are stored, else those that `encoder` makes.
+    fn context(&self, encoder: Option<&umt5::Model>, prompt: &str) -> Result<Tensor> {
+        let rows = match (self.texts.stored.get(prompt), encoder) {
+            (Some(stored), _) => stored.clone(),
+            (None, Some(encoder)) => {
+                let ids = self.texts.tokenizer(&self.selection)?.encode(prompt)?;
+                encoder.encode(&ids)?
+            }
+            (None, None) => return Err(Error::new(ErrorKind::Inference, "a prompt needs the text encoder")),
         };
-        let source = portrait.size();
-        let masks = match (audio_embeds.len(), settings.boxes) {
-            (1, _) => None,
-            (_, None) => Some(PersonMasks::halves(source, DEFAULT_FACE_SCALE)),
-            (_, Some(boxes)) => Some(PersonMasks::from_boxes(source, boxes)?),
-        };
-        let masks = masks.map(|masks| masks.latents(size, &self.device)).transpose()?;
-        Ok(Conditioning {
-            reference: vec![portrait.fit(size).to_tensor(&self.device)?],
-            audio_embeds,
-            context: self.context(&settings.prompt)?,
-            negative_context,
-            masks,
-        })
-    }
-
-    /// A prompt's rows, as many as the DiT takes.
-    fn context(&self, prompt: &str) -> Result<Tensor> {
-        let rows = self.text_encoder.encode(&self.tokenizer.encode(prompt)?)?;
-        let most = self.networks.dit.config().text_len;
+        let most = self.selection.spec.dit.config.text_len;
         Ok(rows.narrow(0, 0, rows.dim(0)?.min(most))?)
     }
+}
+
+/// Adds how long `work` takes to `spent`.
+fn timed<T>(spent: &mut Duration, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let began = Instant::now();
+    let done = work();
+    *spent += began.elapsed();
+    done
 }
 
 /// The voices as the video's sound, cut where the picture ends.
@@ -230,42 +476,41 @@ struct Stopwatch<'a> {
     progress: &'a mut dyn FnMut(Progress),
     last: Progress,
     since: Instant,
-    spent: [Duration; 3], // between Audio, Denoise, Decode and what follows
+    timings: Timings,
     steps: u32,
 }
 
 impl<'a> Stopwatch<'a> {
     fn new(progress: &'a mut dyn FnMut(Progress)) -> Self {
-        let last = Progress { stage: Stage::Audio, window: 0, windows: 0, step: 0, steps: 0 };
-        Self { progress, last, since: Instant::now(), spent: Default::default(), steps: 0 }
+        let last = Progress::at(Stage::Audio);
+        Self { progress, last, since: Instant::now(), timings: Timings::default(), steps: 0 }
     }
 
     fn tell(&mut self, progress: Progress) {
-        let spent = match self.last.stage {
+        let spent = self.since.elapsed();
+        match self.last.stage {
             Stage::Denoise => {
+                self.timings.denoise += spent;
                 self.steps += 1;
-                Some(&mut self.spent[1])
+                if self.steps == 1 {
+                    self.timings.first_step = spent;
+                }
             }
-            Stage::Decode => Some(&mut self.spent[2]),
-            Stage::Audio => Some(&mut self.spent[0]),
-            Stage::Load | Stage::Done => None,
-        };
-        if let Some(spent) = spent {
-            *spent += self.since.elapsed();
+            Stage::Decode => self.timings.decode += spent,
+            // Keys and values of text and image are made before the first step.
+            Stage::Audio => self.timings.encode += spent,
+            Stage::Load | Stage::Done => {}
         }
         (self.last, self.since) = (progress, Instant::now());
         (self.progress)(progress);
     }
 
-    fn timings(&self, audio: Duration, muxing_in_decode: Duration, mux: Duration) -> Timings {
-        let [before_steps, denoise, decode] = self.spent;
+    /// Without what was measured elsewhere; `muxing` is what of the decoding was waiting for the encoder.
+    fn timings(self, muxing: Duration) -> Timings {
         Timings {
-            audio,
-            encode: before_steps.saturating_sub(audio),
-            denoise,
-            per_step: denoise / self.steps.max(1),
-            decode: decode.saturating_sub(muxing_in_decode),
-            mux,
+            per_step: self.timings.denoise / self.steps.max(1),
+            decode: self.timings.decode.saturating_sub(muxing),
+            ..self.timings
         }
     }
 }

@@ -21,20 +21,55 @@ use crate::scheduler::{euler_step, timesteps};
 use crate::{Error, ErrorKind, Result};
 
 /// The networks that run once per window.
-pub struct Networks {
+#[derive(Clone, Copy)]
+pub struct Networks<'a> {
     /// The diffusion transformer with its audio adapter.
-    pub dit: wan::Model,
+    pub dit: &'a wan::Model,
     /// The video autoencoder.
-    pub vae: wan_vae::Vae,
-    /// The image encoder.
-    pub clip: clip_vision::Model,
+    pub vae: &'a wan_vae::Vae,
+}
+
+/// A reference frame, encoded. That needs no DiT, so it can be done while the DiT is being read.
+#[derive(Clone)]
+pub struct Reference {
+    frame: Tensor,        // (3, 1, H, W) in [−1, 1]
+    image_embeds: Tensor, // (1, 257, width)
+    latents: Tensor,      // of the frame and grey frames after it, (16, T, h, w)
+}
+
+impl Reference {
+    /// The rows (1, 257, width) that the image encoder makes of `frame` (3, 1, H, W) in [−1, 1].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Inference`].
+    pub fn image_embeds(clip: &clip_vision::Model, frame: &Tensor) -> Result<Tensor> {
+        Ok(clip.forward(&clip.preprocess(frame)?)?)
+    }
+
+    /// Encodes `frame` (3, 1, H, W) in [−1, 1], for windows of `frames_per_window` frames, whose
+    /// [`Reference::image_embeds`] are there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Inference`].
+    pub fn encode(
+        vae: &wan_vae::Vae,
+        frame: Tensor,
+        image_embeds: Tensor,
+        frames_per_window: usize,
+    ) -> Result<Self> {
+        let (channels, _, height, width) = frame.dims4()?;
+        let grey_shape = (channels, frames_per_window - 1, height, width);
+        let grey = Tensor::zeros(grey_shape, frame.dtype(), frame.device())?;
+        let latents = vae.encode(&Tensor::cat(&[&frame, &grey], 1)?)?; // (16, T, h, w)
+        Ok(Self { frame, image_embeds, latents })
+    }
 }
 
 /// What the video shows and says.
 pub struct Conditioning {
-    /// The reference frames (3, 1, H, W) in [−1, 1], all of one size: one for a portrait; of several, a window
-    /// takes the one at its start, and the last repeats.
-    pub reference: Vec<Tensor>,
+    /// The reference frames, all of one size, each with the first frame of the video that it is meant for: a window
+    /// takes the last one at or before its start. Colours are matched to the first one.
+    pub references: Vec<(usize, Reference)>,
     /// One or two persons' audio embeddings (frames, layers, channels) at 25 frames a second.
     pub audio_embeds: Vec<Tensor>,
     /// The prompt (rows, width).
@@ -94,7 +129,7 @@ struct Scene {
 /// [`ErrorKind::Numeric`] when a window is not finite, [`ErrorKind::Inference`], and what `noise` and `sink`
 /// return.
 pub fn generate_windows(
-    networks: &Networks,
+    networks: Networks,
     conditioning: &Conditioning,
     sampling: &Sampling,
     noise: &mut Noise,
@@ -114,7 +149,7 @@ pub fn generate_windows(
 
 /// Makes single windows; what the reference frame determines is kept from one to the next.
 pub struct WindowMaker<'a> {
-    networks: &'a Networks,
+    networks: Networks<'a>,
     conditioning: &'a Conditioning,
     sampling: &'a Sampling,
     plan: Plan,
@@ -128,7 +163,7 @@ impl<'a> WindowMaker<'a> {
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for settings that do not fit together, [`ErrorKind::MissingField`] without audio.
     pub fn new(
-        networks: &'a Networks,
+        networks: Networks<'a>,
         conditioning: &'a Conditioning,
         sampling: &'a Sampling,
     ) -> Result<Self> {
@@ -163,9 +198,7 @@ impl<'a> WindowMaker<'a> {
         let w = window.index;
         let audio = self.audio(window)?;
         self.enter_scene(window)?;
-        let Some(scene) = &self.scene else {
-            return Err(Error::new(ErrorKind::InvalidInput, "there is no reference frame"));
-        };
+        let Some(scene) = &self.scene else { return Err(no_reference()) };
         let motion_latents = match motion {
             // The VAE is causal: the first latent frame of the padded clip is that of the frame alone.
             None => scene.y.narrow(0, 4, scene.y.dim(0)? - 4)?.narrow(1, 0, 1)?.contiguous()?,
@@ -191,7 +224,7 @@ impl<'a> WindowMaker<'a> {
         }
         let strength = self.sampling.color_correction;
         let video = match strength > 0.0 {
-            true => match_colors(&video, &self.conditioning.reference[0], strength)?,
+            true => match_colors(&video, &first_reference(self.conditioning)?.frame, strength)?,
             false => video,
         };
         trace::record(|| format!("w{w}.corrected"), &video);
@@ -212,21 +245,20 @@ impl<'a> WindowMaker<'a> {
         Ok(self.networks.dit.encode_audio(&audio)?)
     }
 
-    /// Encodes the window's reference frame, unless the window before had the same.
+    /// Takes the window's reference frame, unless the window before had the same.
     fn enter_scene(&mut self, window: Window) -> Result<()> {
-        let Conditioning { reference, context, negative_context, .. } = self.conditioning;
-        let reference_index = window.start.min(reference.len().saturating_sub(1));
+        let Conditioning { references, context, negative_context, .. } = self.conditioning;
+        let reference_index = references.iter().rposition(|(from, _)| *from <= window.start).unwrap_or(0);
         if self.scene.as_ref().is_some_and(|scene| scene.reference_index == reference_index) {
             return Ok(());
         }
-        let Some(frame) = reference.get(reference_index) else {
-            return Err(Error::new(ErrorKind::InvalidInput, "there is no reference frame"));
+        let Some((_, Reference { frame, image_embeds, latents })) = references.get(reference_index) else {
+            return Err(no_reference());
         };
-        let w = window.index;
+        let (w, dit) = (window.index, self.networks.dit);
         trace::record(|| format!("w{w}.cond_image"), frame);
-        let Networks { dit, vae, clip } = self.networks;
-        let image_embeds = clip.forward(&clip.preprocess(frame)?)?; // (1, 257, width)
-        trace::record(|| format!("w{w}.clip_context"), &image_embeds);
+        trace::record(|| format!("w{w}.clip_context"), image_embeds);
+        trace::record(|| format!("w{w}.padded_video_latent"), latents);
         let negative_prompt = if self.sampling.guidance.branches().iter().all(|b| b.has_prompt()) {
             None
         } else {
@@ -234,18 +266,11 @@ impl<'a> WindowMaker<'a> {
                 let message = "the text guidance is not 1, so a negative prompt is needed";
                 return Err(Error::new(ErrorKind::MissingField, message));
             };
-            Some(dit.encode_context(negative, &image_embeds)?)
+            Some(dit.encode_context(negative, image_embeds)?)
         };
-
-        let (channels, _, height, width) = frame.dims4()?;
-        let grey_shape = (channels, self.sampling.frames_per_window - 1, height, width);
-        let grey = Tensor::zeros(grey_shape, frame.dtype(), frame.device())?;
-        let latents = vae.encode(&Tensor::cat(&[frame, &grey], 1)?)?; // (16, T, h, w)
-        trace::record(|| format!("w{w}.padded_video_latent"), &latents);
-        let y = Tensor::cat(&[first_frame_mask(&latents)?, latents], 0)?;
+        let y = Tensor::cat(&[&first_frame_mask(latents)?, latents], 0)?;
         trace::record(|| format!("w{w}.y"), &y);
-
-        let prompt = dit.encode_context(context, &image_embeds)?;
+        let prompt = dit.encode_context(context, image_embeds)?;
         self.scene = Some(Scene { reference_index, prompt, negative_prompt, y });
         Ok(())
     }
@@ -262,7 +287,7 @@ impl<'a> WindowMaker<'a> {
         control: &mut Control,
     ) -> Result<Tensor> {
         let (w, Sampling { num_steps, shift, guidance, teacache, .. }) = (window.index, self.sampling);
-        let dit = &self.networks.dit;
+        let dit = self.networks.dit;
         let known = motion_latents.dim(1)?;
         let with_motion = |latents: &Tensor| {
             let rest = latents.narrow(1, known, latents.dim(1)? - known)?;
@@ -303,12 +328,21 @@ impl<'a> WindowMaker<'a> {
     fn progress(&self, window: Window, stage: Stage, step: usize) -> Progress {
         Progress {
             stage,
+            loading: None,
             window: window.index,
             windows: self.plan.num_windows(),
             step,
             steps: self.sampling.num_steps,
         }
     }
+}
+
+fn first_reference(conditioning: &Conditioning) -> Result<&Reference> {
+    conditioning.references.first().map(|(_, reference)| reference).ok_or_else(no_reference)
+}
+
+fn no_reference() -> Error {
+    Error::new(ErrorKind::InvalidInput, "there is no reference frame")
 }
 
 /// What `blocks` makes of the tokens, or what `cache` takes it to be.

@@ -1,133 +1,393 @@
-//! A model's networks from its files.
+//! Which networks a generation needs, how they fit, and the loading of those that are not there.
 
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, OnceLock};
 
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
-use super::infinitetalk::Networks;
-use super::progress::{Cancel, Progress, Stage};
+use super::memory::{self, BLOCKS_IN_FLIGHT, MemoryPlan, Place};
+use super::shelf::{Form, Kept, Network, Shelf, Sizes};
+use super::supply::{Arrival, Ledger, Reading};
+use crate::Result;
+use crate::device::Processor;
 use crate::models::{clip_vision, umt5, wan, wan_vae, wav2vec2};
-use crate::registry::{ModelSpec, NetworkSpec, RepoFiles, Source, TokenizerSource};
-use crate::tokenizer::Tokenizer;
-use crate::weights::{Lora, Weights};
-use crate::{Error, ErrorKind, Result};
+use crate::nn::Linear;
+use crate::prepared::{Found, NetworkKind, Selection};
+use crate::registry::ModelSpec;
+use crate::weights::{LoadMonitor, LoadPlan, PlannedTensor, Weights};
 
-/// A model, ready to make videos.
-pub struct Pipeline {
-    pub(super) networks: Networks,
-    pub(super) text_encoder: umt5::Model,
-    pub(super) audio_encoder: wav2vec2::Model,
-    pub(super) tokenizer: Tokenizer,
-    pub(super) device: Device,
+/// All networks that a generation needs, in the order in which it needs them.
+pub(super) struct Order<'a> {
+    selection: Selection<'a>,
+    device: &'a Device,
+    needed: Vec<Needed>,
 }
 
-/// What of a model is loaded, and for what.
-#[derive(Clone, Copy, Debug)]
-pub struct LoadOptions<'a> {
-    /// The folder that holds `<repo>/<path>` of every file that the model lists.
-    pub storage: &'a Path,
-    /// One or two: which audio adapter is read.
-    pub speakers: usize,
-    /// LoRAs of the model to merge, by name.
-    pub loras: &'a [String],
-    /// Where the networks run.
-    pub device: &'a Device,
+/// One network that a generation needs.
+struct Needed {
+    found: Found,
+    sizes: Sizes,
+    /// What it is made from; `None` where it is kept.
+    files: Option<Files>,
 }
 
-/// Where the files of hub repositories lie: `<storage>/<repo>/<path>`.
-pub fn stored_files<'a>(
-    storage: &'a Path,
-    repos: impl IntoIterator<Item = &'a RepoFiles> + 'a,
-) -> impl Iterator<Item = PathBuf> + 'a {
-    repos
-        .into_iter()
-        .flat_map(move |repo| repo.files.iter().map(move |file| storage.join(&repo.repo).join(&file.path)))
+/// Weights that are not read yet.
+struct Files {
+    weights: Weights,
+    plan: LoadPlan,
 }
 
-impl Pipeline {
-    /// Builds every network of `spec`.
+impl Files {
+    /// Reads the headers, and checks them against the network.
+    fn open(selection: &Selection, found: &Found, device: &Device) -> Result<Self> {
+        let (spec, kind) = (selection.spec, found.key.kind());
+        let weights = selection.open(found)?;
+        let dtype = dtype(spec, kind, device);
+        let plan = weights.plan(dtype, device, &found.unused, |vb| build(spec, kind, vb))?;
+        Ok(Self { weights, plan })
+    }
+}
+
+fn sizes(kind: NetworkKind, plan: &LoadPlan, on: Processor) -> Sizes {
+    let block = match kind {
+        NetworkKind::Dit => bytes_of(plan, on, |name| name.starts_with("blocks.0.")),
+        _ => 0,
+    };
+    Sizes { bytes: bytes_of(plan, on, |_| true), block }
+}
+
+/// The networks' sizes as the memory plan takes them.
+fn summed(spec: &ModelSpec, sizes: impl IntoIterator<Item = (NetworkKind, Sizes)>) -> memory::Weights {
+    let mut weights = memory::Weights { blocks: spec.dit.config.num_layers, ..memory::Weights::default() };
+    for (kind, sizes) in sizes {
+        match kind {
+            NetworkKind::AudioEncoder => weights.audio_encoder = sizes.bytes,
+            NetworkKind::TextEncoder => weights.text_encoder = sizes.bytes,
+            NetworkKind::ImageEncoder => weights.image_encoder = sizes.bytes,
+            NetworkKind::Vae => weights.vae = sizes.bytes,
+            NetworkKind::Dit => (weights.dit, weights.block) = (sizes.bytes, sizes.block),
+        }
+    }
+    weights
+}
+
+/// The bytes of a model's networks from their dimensions: any weights will do, and none are made.
+pub(super) fn weights_of(spec: &ModelSpec, on: Processor) -> Result<memory::Weights> {
+    let of = |kind| -> Result<_> {
+        let dtype = on.dtype(stored_dtype(spec, kind));
+        let plan = Weights::random(0).plan(dtype, &Device::Cpu, NONE, |vb| build(spec, kind, vb))?;
+        Ok((kind, sizes(kind, &plan, on)))
+    };
+    Ok(summed(spec, NetworkKind::ALL.into_iter().map(of).collect::<Result<Vec<_>>>()?))
+}
+
+/// The bytes of the tensors that are wanted, with the copies that layers on the CPU keep of small matrices.
+fn bytes_of(plan: &LoadPlan, on: Processor, wanted: impl Fn(&str) -> bool) -> u64 {
+    let bytes = |tensor: &PlannedTensor| {
+        let copy = match on {
+            Processor::Cpu => Linear::transposed_bytes(&tensor.shape),
+            Processor::Gpu => 0,
+        };
+        (tensor.shape.elem_count() * tensor.dtype.size_in_bytes() + copy) as u64
+    };
+    plan.tensors.iter().filter(|tensor| wanted(&tensor.name)).map(bytes).sum()
+}
+
+impl<'a> Order<'a> {
+    /// Finds what `kinds` of the model consist of. Of what is not on `shelf`, the headers of its files are read.
     ///
     /// # Errors
-    /// [`ErrorKind::ModelNotFound`] naming a file or LoRA that is not there, [`ErrorKind::ModelCorrupt`] naming a file
-    /// and tensor that do not fit, [`ErrorKind::Cancelled`].
-    pub fn load(
-        spec: &ModelSpec,
-        options: LoadOptions,
-        cancel: &Cancel,
-        progress: &mut dyn FnMut(Progress),
+    /// `ModelNotFound` naming a file or LoRA that is not there, `ModelCorrupt` naming a file and tensor that do not fit.
+    pub fn new(
+        selection: Selection<'a>,
+        device: &'a Device,
+        kinds: impl IntoIterator<Item = NetworkKind>,
+        shelf: &Shelf,
     ) -> Result<Self> {
-        let mut next = || -> Result<()> {
-            cancel.check()?;
-            progress(Progress { stage: Stage::Load, window: 0, windows: 0, step: 0, steps: 0 });
-            Ok(())
-        };
-        next()?;
-        check_installed(spec, options)?;
-        let tokenizer = match &spec.tokenizer {
-            TokenizerSource::Bytes => Tokenizer::bytes(),
-            TokenizerSource::Files(repos) => Tokenizer::from_file(only_file(options, repos)?)?,
-        };
-        let audio_encoder = network(&spec.audio_encoder, options, &[], wav2vec2::Model::new)?;
-        next()?;
-        let text_encoder = network(&spec.text_encoder, options, &[], umt5::Model::new)?;
-        next()?;
-        let clip = network(&spec.image_encoder, options, &[], clip_vision::Model::new)?;
-        let vae = network(&spec.vae, options, &[], wan_vae::Vae::new)?;
-        next()?;
-        let loras = options.loras.iter().map(|name| lora(spec, options, name)).collect::<Result<Vec<_>>>()?;
-        let dit = network(&spec.dit, options, &loras, wan::Model::new)?;
-        let networks = Networks { dit, vae, clip };
-        Ok(Self { networks, text_encoder, audio_encoder, tokenizer, device: options.device.clone() })
+        let needed = kinds.into_iter().map(|kind| {
+            let found = selection.find(kind)?;
+            if let Some(kept) = shelf.find(&found.key) {
+                return Ok(Needed { sizes: kept.sizes, files: None, found });
+            }
+            let files = Files::open(&selection, &found, device)?;
+            Ok(Needed { sizes: sizes(kind, &files.plan, Processor::of(device)), files: Some(files), found })
+        });
+        let needed = needed.collect::<Result<_>>()?;
+        Ok(Self { selection, device, needed })
     }
-}
 
-/// Fails before anything is read when a file is not there.
-fn check_installed(spec: &ModelSpec, options: LoadOptions) -> Result<()> {
-    let files = stored_files(options.storage, spec.files(options.speakers, options.loras));
-    let mut missing = files.filter(|file| !file.is_file());
-    let Some(first) = missing.next() else { return Ok(()) };
-    let message = format!(
-        "the model `{}` is not installed: {} of its files are missing, the first is {}",
-        spec.name,
-        1 + missing.count(),
-        first.display()
-    );
-    let hint = "put the files there, or take `tiny`, which needs none";
-    Err(Error::new(ErrorKind::ModelNotFound, message).with_hint(hint))
-}
+    /// The bytes of the networks.
+    pub fn weights(&self) -> memory::Weights {
+        summed(self.selection.spec, self.needed.iter().map(|needed| (needed.found.key.kind(), needed.sizes)))
+    }
 
-fn only_file(options: LoadOptions, repos: &[RepoFiles]) -> Result<PathBuf> {
-    let missing = || Error::new(ErrorKind::ModelNotFound, "models.toml lists no file where one is needed");
-    stored_files(options.storage, repos).next().ok_or_else(missing)
-}
+    /// Bytes of weight files that are read for what is not kept.
+    pub fn bytes_to_read(&self) -> u64 {
+        let files = self.needed.iter().filter_map(|needed| needed.files.as_ref());
+        files.map(|files| files.plan.bytes_to_read).sum()
+    }
 
-fn lora(spec: &ModelSpec, options: LoadOptions, name: &str) -> Result<(Lora, f64)> {
-    let Some(lora) = spec.loras.get(name) else {
-        let message = format!("the model `{}` has no LoRA `{name}`", spec.name);
-        return Err(Error::new(ErrorKind::ModelNotFound, message));
-    };
-    let path = only_file(options, std::slice::from_ref(&lora.source))?;
-    Ok((Lora::open(path, &lora.ignored)?, lora.scale))
-}
-
-/// Builds one network strictly: a tensor that is missing, misshapen or left over is an error.
-fn network<C, N>(
-    spec: &NetworkSpec<C>,
-    options: LoadOptions,
-    loras: &[(Lora, f64)],
-    build: impl FnOnce(&C, VarBuilder) -> candle_core::Result<N>,
-) -> Result<N> {
-    let mut weights = match &spec.source {
-        Source::Random(seed) => Weights::random(*seed),
-        Source::Files(_) => {
-            let repos = spec.source.files(options.speakers);
-            Weights::open(&stored_files(options.storage, repos).collect::<Vec<_>>())?
+    /// Takes from `shelf` what is needed and fits `plan`, and drops from it, the least recently used first, what has
+    /// no room beside the plan. What is kept in a form that does not fit is opened anew.
+    ///
+    /// # Errors
+    /// Those of [`Order::new`].
+    pub fn prepare(self, plan: MemoryPlan, shelf: &mut Shelf) -> Result<Prepared<'a>> {
+        let Self { selection, device, needed } = self;
+        let (mut ready, mut missing) = (BTreeMap::new(), Vec::new());
+        for Needed { found, sizes, files } in needed {
+            let source = match (files, shelf.take(&found.key)) {
+                (Some(files), _) => Source::Files(files),
+                (None, Some(kept)) if fits(&kept, &plan) => match kept.form {
+                    Form::OnHost(weights) => Source::Host(weights),
+                    Form::Loaded { .. } => {
+                        ready.insert(found.key.kind(), kept);
+                        continue;
+                    }
+                },
+                (None, kept) => {
+                    drop(kept); // before its successor needs the memory
+                    Source::Files(Files::open(&selection, &found, device)?)
+                }
+            };
+            missing.push(Missing { found, sizes, source });
         }
-    };
-    for (lora, scale) in loras {
-        weights = weights.with_lora(lora.clone(), *scale)?;
+        let planned = plan.device_bytes.saturating_sub(plan.activations.most());
+        let device_left = plan.for_weights().saturating_sub(planned);
+        let host_left = plan.budget.host.map_or(0, |host| host.saturating_sub(plan.host_bytes));
+        shelf.shrink(device_left, host_left);
+        let held = shelf.device_bytes() + ready.values().map(Kept::device_bytes).sum::<u64>();
+        let free = plan.for_weights().saturating_sub(held);
+        Ok(Prepared { ready, free, loader: Loader { selection, device, plan, missing } })
     }
-    let device = options.device;
-    weights.load(spec.dtype(device), device, &spec.unused, |vb| build(&spec.config, vb))
+}
+
+/// Whether a network can be used as it is kept: a DiT must leave the room that `plan` gives to others.
+fn fits(kept: &Kept, plan: &MemoryPlan) -> bool {
+    match &kept.form {
+        Form::Loaded { resident_blocks, .. } if kept.key.kind() == NetworkKind::Dit => {
+            *resident_blocks <= plan.resident_blocks
+        }
+        _ => true,
+    }
+}
+
+/// A generation's networks: those that are there, and those that will be.
+pub(super) struct Prepared<'a> {
+    pub ready: BTreeMap<NetworkKind, Kept>,
+    /// Bytes of the device that networks may still take.
+    pub free: u64,
+    pub loader: Loader<'a>,
+}
+
+/// Loads networks one after the other.
+pub(super) struct Loader<'a> {
+    selection: Selection<'a>,
+    device: &'a Device,
+    plan: MemoryPlan,
+    missing: Vec<Missing>,
+}
+
+/// A network to load.
+struct Missing {
+    found: Found,
+    sizes: Sizes,
+    source: Source,
+}
+
+enum Source {
+    Files(Files),
+    /// Its tensors in host memory.
+    Host(Arc<Weights>),
+}
+
+impl Loader<'_> {
+    /// Whether there is nothing to load.
+    pub fn is_empty(&self) -> bool {
+        self.missing.is_empty()
+    }
+
+    /// Why prepared files were passed over, in sentences for people.
+    pub fn notes(&self) -> Vec<String> {
+        self.missing.iter().filter_map(|missing| missing.found.note.clone()).collect()
+    }
+
+    /// Loads all of them in order and hands each over as soon as it is there; a failure is the last that is heard of
+    /// it. `deliver` says whether anybody still listens.
+    pub fn run(self, reading: &Reading, ledger: &Ledger, mut deliver: impl FnMut(Result<Arrival>) -> bool) {
+        let Self { selection, device, plan, missing } = self;
+        for missing in missing {
+            reading.begin(missing.found.key.kind());
+            let one = One { spec: selection.spec, device, plan: &plan, monitor: &reading.monitor };
+            let arrival = ledger.acquire(one.device_bytes(&missing)).and_then(|()| one.load(missing));
+            let failed = arrival.is_err();
+            if !deliver(arrival) || failed {
+                return;
+            }
+        }
+    }
+}
+
+/// What loading one network needs to know.
+struct One<'a> {
+    spec: &'a ModelSpec,
+    device: &'a Device,
+    plan: &'a MemoryPlan,
+    monitor: &'a Arc<LoadMonitor>,
+}
+
+impl One<'_> {
+    fn streams(&self, kind: NetworkKind) -> bool {
+        kind == NetworkKind::Dit && self.plan.resident_blocks < self.plan.weights.blocks
+    }
+
+    /// What the network takes of the device once it is loaded.
+    fn device_bytes(&self, Missing { found, sizes, .. }: &Missing) -> u64 {
+        let blocks = self.plan.weights.blocks;
+        match self.streams(found.key.kind()) {
+            true => {
+                let on_device = (self.plan.resident_blocks + BLOCKS_IN_FLIGHT) as u64;
+                sizes.bytes - sizes.block * blocks as u64 + sizes.block * on_device
+            }
+            false => sizes.bytes,
+        }
+    }
+
+    fn load(&self, missing: Missing) -> Result<Arrival> {
+        let device_bytes = self.device_bytes(&missing);
+        let Missing { found: Found { key, unused, .. }, sizes, source } = missing;
+        let kind = key.kind();
+        let dtype = dtype(self.spec, kind, self.device);
+        let on_host = self.plan.encoders == Place::Host && is_encoder(kind);
+        let (network, host_bytes, host) = match source {
+            Source::Host(weights) => (self.build(&weights, dtype, kind)?, 0, Some(weights)),
+            Source::Files(Files { weights, plan }) => {
+                let weights = weights.watched_by(self.monitor.clone());
+                match (on_host, self.streams(kind)) {
+                    (true, _) => {
+                        let weights = Arc::new(to_host(&weights, &plan, |_| true)?);
+                        (self.build(&weights, dtype, kind)?, 0, Some(weights))
+                    }
+                    (false, true) => {
+                        let (network, host_bytes) = self.streamed_dit(weights, &unused, &plan, dtype)?;
+                        (network, host_bytes, None)
+                    }
+                    (false, false) => {
+                        let build = |vb| build(self.spec, kind, vb);
+                        (weights.load(dtype, self.device, &unused, build)?, 0, None)
+                    }
+                }
+            }
+        };
+        let resident_blocks = self.plan.resident_blocks;
+        let form = Form::Loaded { network, resident_blocks, device_bytes, host_bytes };
+        Ok(Arrival { kept: Kept { key, sizes, form }, host })
+    }
+
+    /// The network on the device, from its tensors in host memory.
+    fn build(&self, weights: &Weights, dtype: DType, kind: NetworkKind) -> Result<Network> {
+        weights.load(dtype, self.device, NONE, |vb| build(self.spec, kind, vb))
+    }
+
+    /// The DiT with blocks that come from host memory, or from the files where that is the device's own memory. Beside
+    /// it there are the bytes that it has on the host.
+    fn streamed_dit(
+        &self,
+        weights: Weights,
+        unused: &[String],
+        plan: &LoadPlan,
+        dtype: DType,
+    ) -> Result<(Network, u64)> {
+        let config = &self.spec.dit.config;
+        let resident = self.plan.resident_blocks;
+        let streamed: Vec<_> = (resident..config.num_layers).map(|i| format!("blocks.{i}.")).collect();
+        let is_streamed = |name: &str| streamed.iter().any(|prefix| name.starts_with(prefix));
+        let source = Arc::new(BlockWeights { weights: OnceLock::new(), dtype, device: self.device.clone() });
+        let mut others = unused.to_vec();
+        others.extend(streamed.iter().map(|prefix| format!("{prefix}*")));
+        let network = weights.load(dtype, self.device, &others, |vb| {
+            wan::Model::with_streamed_blocks(config, vb, resident, source.clone())
+        })?;
+        let (blocks, host_bytes) = match self.plan.budget.host {
+            Some(_) => (to_host(&weights, plan, is_streamed)?, bytes_of(plan, Processor::Gpu, is_streamed)),
+            // What is read later has nothing to do with this load.
+            None => (weights.watched_by(Arc::default()), 0),
+        };
+        // It is set here alone.
+        let _ = source.weights.set(blocks);
+        Ok((Arc::new(network), host_bytes))
+    }
+}
+
+/// Those tensors of a planned network that are `wanted`, in host memory.
+fn to_host(weights: &Weights, plan: &LoadPlan, wanted: impl Fn(&str) -> bool) -> Result<Weights> {
+    let tensors = plan.tensors.iter().filter(|tensor| wanted(&tensor.name));
+    let tensors: BTreeMap<_, _> = tensors.map(|tensor| (tensor.name.as_str(), tensor)).collect();
+    let take = |vb: VarBuilder<'static>| -> candle_core::Result<HashMap<String, Tensor>> {
+        let one = |(name, tensor): (&&str, &&PlannedTensor)| {
+            let vb = vb.clone().set_dtype(tensor.dtype);
+            Ok(((*name).to_owned(), vb.get(tensor.shape.clone(), name)?))
+        };
+        tensors.iter().map(one).collect()
+    };
+    // What the network does not ask for was found when it was planned.
+    Ok(Weights::from_tensors(weights.load(DType::F32, &Device::Cpu, ALL, take)?))
+}
+
+/// No tensors that a network does not ask for.
+const NONE: &[&str] = &[];
+/// Any tensors.
+const ALL: &[&str] = &["*"];
+
+/// Blocks of the DiT from their weights, which are there once the rest of the network is.
+struct BlockWeights {
+    weights: OnceLock<Weights>,
+    dtype: DType,
+    device: Device,
+}
+
+impl wan::BlockSource for BlockWeights {
+    fn load(
+        &self,
+        build: &dyn Fn(VarBuilder<'static>) -> candle_core::Result<()>,
+    ) -> candle_core::Result<()> {
+        match self.weights.get() {
+            Some(weights) => {
+                weights.load(self.dtype, &self.device, ALL, build).map_err(candle_core::Error::wrap)
+            }
+            None => candle_core::bail!("a block was asked for before the network was there"),
+        }
+    }
+}
+
+fn is_encoder(kind: NetworkKind) -> bool {
+    matches!(kind, NetworkKind::AudioEncoder | NetworkKind::TextEncoder | NetworkKind::ImageEncoder)
+}
+
+/// What `kind` computes in on `device`.
+fn dtype(spec: &ModelSpec, kind: NetworkKind, device: &Device) -> DType {
+    Processor::of(device).dtype(stored_dtype(spec, kind))
+}
+
+/// What the registry gives the weights of `kind`.
+fn stored_dtype(spec: &ModelSpec, kind: NetworkKind) -> DType {
+    match kind {
+        NetworkKind::AudioEncoder => spec.audio_encoder.stored_dtype(),
+        NetworkKind::TextEncoder => spec.text_encoder.stored_dtype(),
+        NetworkKind::ImageEncoder => spec.image_encoder.stored_dtype(),
+        NetworkKind::Vae => spec.vae.stored_dtype(),
+        NetworkKind::Dit => spec.dit.stored_dtype(),
+    }
+}
+
+/// Builds the network `kind` of a model from what `vb` gives out.
+fn build(spec: &ModelSpec, kind: NetworkKind, vb: VarBuilder) -> candle_core::Result<Network> {
+    Ok(match kind {
+        NetworkKind::AudioEncoder => Arc::new(wav2vec2::Model::new(&spec.audio_encoder.config, vb)?),
+        NetworkKind::TextEncoder => Arc::new(umt5::Model::new(&spec.text_encoder.config, vb)?),
+        NetworkKind::ImageEncoder => Arc::new(clip_vision::Model::new(&spec.image_encoder.config, vb)?),
+        NetworkKind::Vae => Arc::new(wan_vae::Vae::new(&spec.vae.config, vb)?),
+        NetworkKind::Dit => Arc::new(wan::Model::new(&spec.dit.config, vb)?),
+    })
 }

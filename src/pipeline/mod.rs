@@ -1,20 +1,28 @@
-//! From loaded networks and decoded inputs to an encoded video.
+//! From a request, decoded inputs and weight files to an encoded video.
+//!
+//! [`Pipeline`] plans how a video fits into memory ([`MemoryPlan`]), has the networks loaded that it does not keep, and
+//! works with each as soon as it is there: voices, prompts and portrait are encoded while the DiT is being read.
 
 pub mod color;
 mod generate;
 mod guidance;
 mod infinitetalk;
 mod load;
+mod memory;
 mod plan;
 mod progress;
 mod settings;
+mod shelf;
+mod supply;
 pub mod teacache;
 pub mod windows;
 
-pub use generate::{Inputs, Timings, Video, num_frames};
+pub use generate::{Inputs, Job, Loading, Pipeline, Timings, Video, num_frames};
 pub use guidance::{Apg, Branch, Combine, Guidance, orthogonal};
-pub use infinitetalk::{Conditioning, Control, Networks, Noise, Sampling, WindowMaker, generate_windows};
-pub use load::{LoadOptions, Pipeline, stored_files};
+pub use infinitetalk::{
+    Conditioning, Control, Networks, Noise, Reference, Sampling, WindowMaker, generate_windows,
+};
+pub use memory::{Activations, Budget, Extent, MEMORY_PLAN, MemoryPlan, Place, Rung, Weights};
 pub use plan::{Plan, Window};
-pub use progress::{Cancel, Progress, Stage};
+pub use progress::{Cancel, LoadProgress, Progress, Stage};
 pub use settings::{FPS, Settings};

@@ -88,6 +88,11 @@ impl Settings {
         })
     }
 
+    /// Whether a guidance pass takes the negative prompt.
+    pub fn needs_negative_prompt(&self) -> bool {
+        self.sampling.guidance.branches().iter().any(|branch| !branch.has_prompt())
+    }
+
     /// The size of the video for a portrait of this size.
     pub fn video_size(&self, portrait: Size) -> Size {
         self.buckets.choose(portrait).size

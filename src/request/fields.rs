@@ -89,8 +89,9 @@ pub struct Field {
 pub const FPS: u32 = 25;
 /// Longest [`Kind::Name`] in characters.
 pub const NAME_CHARS: usize = 64;
-/// Longest prompt in characters. UMT5 reads 512 tokens, and a token seldom spans more than 8 characters.
-pub const PROMPT_CHARS: usize = 4096;
+/// Longest prompt in characters. UMT5 reads the first 512 tokens, and a token seldom spans more than 8 characters;
+/// a text that is longer than that by some is no reason to refuse a request.
+pub const PROMPT_CHARS: usize = 16_384;
 /// Longest URL in bytes.
 pub const URL_BYTES: usize = 8192;
 /// Longest video that can be asked for: ten hours.

@@ -92,11 +92,12 @@ pub fn redact_url(url: &str) -> String {
 /// # Errors
 /// [`ErrorKind::InvalidInput`] when `text` is neither; [`ErrorKind::InvalidImage`] and
 /// [`ErrorKind::InvalidAudio`] when a `data:` URI says that it holds something else;
+/// [`ErrorKind::InvalidImage`] and [`ErrorKind::EmptyAudio`] when there are no bytes;
 /// the kinds of [`Limits::check`].
 pub(super) fn parse(name: &str, medium: Medium, text: &str, limits: &Limits) -> Result<MediaSource> {
     let text = text.trim();
     if text.is_empty() {
-        return Err(invalid(name, "is empty", "EMPTY_FIELD"));
+        return Err(empty(name, medium));
     }
     match scheme(text) {
         Some(scheme) if scheme.eq_ignore_ascii_case("data") => {
@@ -181,9 +182,18 @@ fn base64_bytes(name: &str, medium: Medium, text: &str, limits: &Limits) -> Resu
     })?;
     limits.check(medium, name, bytes.len() as u64)?;
     if bytes.is_empty() {
-        return Err(invalid(name, "holds no bytes", "EMPTY_FIELD"));
+        return Err(empty(name, medium));
     }
     Ok(bytes)
+}
+
+/// A file of no bytes is judged like any other file that is no image or no voice.
+fn empty(name: &str, medium: Medium) -> Error {
+    let (kind, reason) = match medium {
+        Medium::Image => (ErrorKind::InvalidImage, "IMAGE_EMPTY"),
+        Medium::Audio => (ErrorKind::EmptyAudio, "AUDIO_EMPTY"),
+    };
+    Error::new(kind, format!("`{name}` is empty (0 bytes)")).with_reason(reason)
 }
 
 fn invalid(name: &str, what: &str, reason: &'static str) -> Error {
@@ -231,9 +241,9 @@ mod tests {
     fn what_is_none_of_the_three_is_refused() {
         use ErrorKind::*;
         for (text, kind, reason) in [
-            ("", InvalidInput, "EMPTY_FIELD"),
-            ("  ", InvalidInput, "EMPTY_FIELD"),
-            ("data:image/png;base64,", InvalidInput, "EMPTY_FIELD"),
+            ("", InvalidImage, "IMAGE_EMPTY"),
+            ("  ", InvalidImage, "IMAGE_EMPTY"),
+            ("data:image/png;base64,", InvalidImage, "IMAGE_EMPTY"),
             ("//example.com/a.png", InvalidInput, BASE64),
             ("portrait.png", InvalidInput, BASE64),
             ("AAAAA", InvalidInput, BASE64),
@@ -243,6 +253,10 @@ mod tests {
         ] {
             let e = parse("image", Medium::Image, text, &Limits::default()).unwrap_err();
             assert_eq!((e.kind(), e.reason()), (kind, Some(reason)), "{text}: {e}");
+        }
+        for text in ["", "data:audio/wav;base64,"] {
+            let e = parse("audio", Medium::Audio, text, &Limits::default()).unwrap_err();
+            assert_eq!((e.kind(), e.reason()), (EmptyAudio, Some("AUDIO_EMPTY")), "{text}: {e}");
         }
         let long = format!("https://a.example/{}", "x".repeat(URL_BYTES));
         assert_eq!(image(&long).unwrap_err().reason(), Some("URL_TOO_LONG"));

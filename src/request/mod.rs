@@ -36,9 +36,9 @@ pub struct GenerateRequest {
     pub speakers: Speakers,
     /// Where the two persons are in the source image; the left and the right half by default.
     pub bbox: Option<[BBox; 2]>,
-    /// What the video shows, at most 4096 characters.
+    /// What the video shows, at most 16 384 characters.
     pub prompt: Option<String>,
-    /// What the video must not show, at most 4096 characters.
+    /// What the video must not show, at most 16 384 characters.
     pub negative_prompt: Option<String>,
     /// The profile of models.toml; the caller chooses when it is absent.
     pub model: Option<String>,

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use super::fields::{Kind, NAME_CHARS};
+use super::fields::{Kind, NAME_CHARS, PROMPT_CHARS};
 use super::{BBox, Size};
 use crate::{Error, ErrorKind, Result};
 
@@ -12,7 +12,8 @@ const MAX_PIXEL: u64 = 65_535;
 
 /// An error about the field `name`, which `is` something else than `expected`.
 pub(super) fn wrong(name: &str, is: &str, expected: &str) -> Error {
-    Error::new(ErrorKind::InvalidInput, format!("`{name}` is {is}, expected {expected}"))
+    let message = format!("`{name}` is {is}, expected {expected}");
+    Error::new(ErrorKind::InvalidInput, message).with_reason("INVALID_FIELD")
 }
 
 /// What `value` is, short enough for a message.
@@ -66,7 +67,8 @@ pub(super) fn text(name: &str, kind: Kind, value: &Value) -> Result<Option<Strin
     let chars = text.chars().count();
     if chars > most {
         let e = wrong(name, &format!("{chars} characters long"), &format!("at most {most}"));
-        return Err(e.with_reason("TEXT_TOO_LONG"));
+        let reason = if most == PROMPT_CHARS { "PROMPT_TOO_LONG" } else { "TEXT_TOO_LONG" };
+        return Err(e.with_reason(reason));
     }
     Ok((!text.is_empty()).then(|| text.to_string()))
 }

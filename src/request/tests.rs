@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use super::fields::PROMPT_CHARS;
 use super::*;
 use crate::{Error, ErrorKind};
 
@@ -299,12 +300,14 @@ fn values_out_of_range_say_what_was_expected() {
 
 #[test]
 fn refusals_have_a_reason() {
-    let long = "x".repeat(4097);
+    let long = "x".repeat(PROMPT_CHARS + 1);
     for (fields, reason) in [
         (json!({"image_path": "/etc/passwd"}), "FIELD_REFUSED"),
         (json!({"wav_path": null}), "FIELD_REFUSED"),
         (json!({"video_url": "https://a.example/v.mp4"}), "FIELD_REFUSED"),
-        (json!({"prompt": long}), "TEXT_TOO_LONG"),
+        (json!({"prompt": long}), "PROMPT_TOO_LONG"),
+        (json!({"output": {"key_prefix": "x".repeat(201)}}), "TEXT_TOO_LONG"),
+        (json!({"steps": 0}), "INVALID_FIELD"),
         (json!({"image_url": "https://a.example/other"}), "CONFLICTING_FIELDS"),
         (json!({"cond_audio": {"person1": "https://a.example/other"}}), "CONFLICTING_FIELDS"),
         (json!({"steps": 4, "sample_steps": 5}), "CONFLICTING_FIELDS"),

@@ -97,6 +97,13 @@ fn facts(facts: &Value, base: &Tensors, lora: &Tensors) {
     assert!(error.to_string().contains("blocks.999.self_attn.q.bias"), "{error}");
 }
 
+/// The keys of the LoRA's file that the reference passes over.
+pub fn ignored_keys() -> Vec<String> {
+    let goldens = Component::open("lora");
+    let lora = tensors(&goldens.file(&lora_file(&goldens, &goldens.config())), DType::F32);
+    lora.keys().filter(|key| is_ignored(key, &lora)).cloned().collect()
+}
+
 /// Whether the reference passes over `key`.
 fn is_ignored(key: &str, lora: &Tensors) -> bool {
     let lacks_other =

@@ -10,12 +10,21 @@ mod dit;
 mod image;
 mod lora;
 mod manifest;
+mod memory;
+mod peak;
 mod pipeline;
+mod prepared;
 mod quant;
 mod random;
 mod rooms;
 mod samplers;
+mod studio;
 mod support;
 mod umt5;
 mod vae;
+mod warm;
 mod wav2vec2;
+mod weights;
+
+#[global_allocator]
+static ALLOCATOR: peak::Counting = peak::Counting;

@@ -169,6 +169,43 @@ fn the_lists_are_as_long_as_the_published_files() {
     }
 }
 
+/// The registry's files are those of the key lists: where their length is known, it is that of the tensors and of a
+/// header.
+#[test]
+fn the_files_of_the_registry_are_as_long_as_their_tensors() {
+    #[derive(serde::Deserialize)]
+    struct Summary {
+        keys: u64,
+        tensor_bytes: u64,
+    }
+    let summary: BTreeMap<String, Summary> = read("summary.json");
+    let model = infinitetalk();
+    let (dit, text, image) = (&model.dit.source, &model.text_encoder.source, &model.image_encoder.source);
+    let networks = [
+        (dit, 8, [DIT[0], DIT[1]].as_slice()),
+        (text, 1, &TEXT_ENCODER),
+        (image, 1, &IMAGE_ENCODER),
+        (&model.vae.source, 1, &VAE),
+        (&model.audio_encoder.source, 1, &AUDIO_ENCODER),
+    ];
+    let mut unknown = Vec::new();
+    for (source, count, lists) in networks {
+        let files: Vec<_> = source.files(1).flat_map(|repo| &repo.files).collect();
+        assert_eq!(files.len(), count);
+        let sizes: Option<Vec<u64>> = files.iter().map(|file| file.size.known().copied()).collect();
+        let Some(sizes) = sizes else {
+            unknown.extend(files.iter().map(|file| file.path.as_str()));
+            continue;
+        };
+        let lists = lists.iter().map(|list| &summary[*list]);
+        let (keys, tensors) = lists.fold((0, 0), |(k, b), list| (k + list.keys, b + list.tensor_bytes));
+        let header = sizes.iter().sum::<u64>() - tensors;
+        // A name, a shape, a dtype and offsets; in a zip archive twice, with padding.
+        assert!((60 * keys..600 * keys).contains(&header), "{} has {header} bytes besides", files[0].path);
+    }
+    assert_eq!(unknown, ["model.safetensors"], "not published anywhere");
+}
+
 #[test]
 fn a_wrong_dimension_is_noticed() {
     let model = infinitetalk();

@@ -8,8 +8,8 @@ use talkie::media::image;
 use talkie::models::{clip_vision, wan, wan_vae};
 use talkie::nn::trace;
 use talkie::pipeline::{
-    Apg, Cancel, Conditioning, Control, Guidance, Networks, Sampling, Window, WindowMaker, generate_windows,
-    teacache::TeaCache,
+    Apg, Cancel, Conditioning, Control, Guidance, Plan, Reference, Sampling, Window, WindowMaker,
+    generate_windows, teacache::TeaCache,
 };
 use talkie::scheduler::timesteps;
 
@@ -42,6 +42,19 @@ fn config<C: serde::de::DeserializeOwned>(value: &Value) -> C {
     serde_json::from_value(value.clone()).expect("a network's config")
 }
 
+struct Networks {
+    dit: wan::Model,
+    vae: wan_vae::Vae,
+    clip: clip_vision::Model,
+}
+
+impl Networks {
+    /// Those that run once per window.
+    fn generator(&self) -> talkie::pipeline::Networks<'_> {
+        talkie::pipeline::Networks { dit: &self.dit, vae: &self.vae }
+    }
+}
+
 fn networks(component: &Value) -> Networks {
     let vb = |network: &str| {
         let path = component["weights"][network].as_str().expect("a weights file");
@@ -61,7 +74,11 @@ struct Run {
     io: GoldenFile,
     settings: Value,
     sampling: Sampling,
-    conditioning: Conditioning,
+    /// The reference frames (3, 1, H, W): one for a portrait; of several, a window takes the one at its start, and the
+    /// last repeats.
+    frames: Vec<Tensor>,
+    audio_embeds: Vec<Tensor>,
+    masks: Tensor,
 }
 
 impl Run {
@@ -92,8 +109,28 @@ impl Run {
                 warmup_steps: TeaCache::WARMUP_STEPS,
             }),
         };
-        let conditioning = conditioning(&io, &settings);
-        Self { name: name.to_owned(), io, settings, sampling, conditioning }
+        let (frames, masks) = pictures(&io, &settings);
+        let audio_embeds = audio_embeds(&io, &settings);
+        Self { name: name.to_owned(), io, settings, sampling, frames, audio_embeds, masks }
+    }
+
+    fn conditioning(&self, networks: &Networks) -> Conditioning {
+        let lens: Vec<_> = self.audio_embeds.iter().map(|embeds| embeds.dim(0).unwrap()).collect();
+        let Sampling { frames_per_window, motion_frames, max_frames, .. } = self.sampling;
+        let plan = Plan::new(frames_per_window, motion_frames, &lens, max_frames).unwrap();
+        let reference = |window: Window| {
+            let frame = self.frames[window.start.min(self.frames.len() - 1)].clone();
+            let embeds = Reference::image_embeds(&networks.clip, &frame).unwrap();
+            (window.start, Reference::encode(&networks.vae, frame, embeds, frames_per_window).unwrap())
+        };
+        let scenes = if self.frames.len() > 1 { plan.num_windows() } else { 1 };
+        Conditioning {
+            references: plan.windows().take(scenes).map(reference).collect(),
+            audio_embeds: self.audio_embeds.clone(),
+            context: self.io.f32("in.context"),
+            negative_context: Some(self.io.f32("in.context_null")),
+            masks: Some(self.masks.clone()),
+        }
     }
 
     fn noise(&self, window: usize, shape: (usize, usize, usize, usize)) -> talkie::Result<Tensor> {
@@ -112,8 +149,9 @@ impl Run {
                 Ok(())
             };
             let mut noise = |window, shape| self.noise(window, shape);
-            let Self { conditioning, sampling, .. } = self;
-            generate_windows(networks, conditioning, sampling, &mut noise, &mut control, &mut sink).unwrap()
+            let conditioning = self.conditioning(networks);
+            let (networks, sampling) = (networks.generator(), &self.sampling);
+            generate_windows(networks, &conditioning, sampling, &mut noise, &mut control, &mut sink).unwrap()
         });
         let video = Tensor::cat(&parts, 1).unwrap();
         assert_eq!(video.dim(1).unwrap(), frames);
@@ -125,7 +163,8 @@ impl Run {
         let (parts, recorded) = trace::capture(|| {
             let mut control = Control { cancel: &Cancel::default(), progress: &mut |_| () };
             let mut noise = |window, shape| self.noise(window, shape);
-            let mut maker = WindowMaker::new(networks, &self.conditioning, &self.sampling).unwrap();
+            let conditioning = self.conditioning(networks);
+            let mut maker = WindowMaker::new(networks.generator(), &conditioning, &self.sampling).unwrap();
             let windows: Vec<_> = maker.plan().windows().collect();
             let make = |window: Window| {
                 let motion = (window.index > 0)
@@ -145,7 +184,8 @@ struct Made {
     recorded: BTreeMap<String, Tensor>,
 }
 
-fn conditioning(io: &GoldenFile, settings: &Value) -> Conditioning {
+/// Reference frames and masks.
+fn pictures(io: &GoldenFile, settings: &Value) -> (Vec<Tensor>, Tensor) {
     let frames = io.get("in.frames");
     let (num_frames, height, width, _) = frames.dims4().unwrap();
     let source = image::Size { height, width };
@@ -158,12 +198,6 @@ fn conditioning(io: &GoldenFile, settings: &Value) -> Conditioning {
         })
         .collect();
     let persons = count(&settings["persons"]);
-    let audio_embeds: Vec<_> = (1..=persons).map(|p| io.f32(&format!("in.audio_embedding_{p}"))).collect();
-    for (embeds, frames) in
-        audio_embeds.iter().zip(settings["audio_frames"].as_array().expect("audio_frames"))
-    {
-        assert_eq!(embeds.dim(0).unwrap(), count(frames));
-    }
     let rectangle = |values: &Value| -> image::Rectangle {
         let values = values.as_array().expect("a box").iter().map(count).collect::<Vec<_>>();
         values.try_into().expect("four numbers")
@@ -176,13 +210,18 @@ fn conditioning(io: &GoldenFile, settings: &Value) -> Conditioning {
             image::PersonMasks::from_boxes(source, boxes).unwrap()
         }
     };
-    Conditioning {
-        reference,
-        audio_embeds,
-        context: io.f32("in.context"),
-        negative_context: Some(io.f32("in.context_null")),
-        masks: Some(masks.latents(target, &Device::Cpu).unwrap()),
+    (reference, masks.latents(target, &Device::Cpu).unwrap())
+}
+
+fn audio_embeds(io: &GoldenFile, settings: &Value) -> Vec<Tensor> {
+    let persons = count(&settings["persons"]);
+    let audio_embeds: Vec<_> = (1..=persons).map(|p| io.f32(&format!("in.audio_embedding_{p}"))).collect();
+    for (embeds, frames) in
+        audio_embeds.iter().zip(settings["audio_frames"].as_array().expect("audio_frames"))
+    {
+        assert_eq!(embeds.dim(0).unwrap(), count(frames));
     }
+    audio_embeds
 }
 
 /// Splits `w3.step0.pass1` into 3 and `step0.pass1`.
@@ -206,7 +245,7 @@ fn unneeded_pass(run: &Run, networks: &Networks, window: usize, step: usize, pas
     let t = timesteps(run.sampling.num_steps, run.sampling.shift)[step];
     let y = w("y").squeeze(0).unwrap();
     let latents = w(&format!("step{step}.latent_in"));
-    let (audio, masks) = (dit.encode_audio(&audio).unwrap(), run.conditioning.masks.as_ref());
+    let (audio, masks) = (dit.encode_audio(&audio).unwrap(), Some(&run.masks));
     dit.forward(&latents, &y, f64::from(t), &context, &audio, masks).unwrap()
 }
 
@@ -236,7 +275,7 @@ fn compare(run: &Run, networks: &Networks) {
         }
         let expected = io.f32(&name);
         if name == "color_reference" {
-            let ours = run.conditioning.reference[0].unsqueeze(0).unwrap();
+            let ours = run.frames[0].unsqueeze(0).unwrap();
             check("pipeline", "f32", &format!("{run_name} {name}"), &ours, &expected, TOLERANCES[0]);
             continue;
         }
@@ -253,7 +292,7 @@ fn compare(run: &Run, networks: &Networks) {
         let ours = if rest == "noise" || rest.starts_with("motion_noise.") {
             continue; // random numbers of the reference: the first is our input, nothing reads the second
         } else if rest == "ref_target_masks" {
-            run.conditioning.masks.clone()
+            Some(run.masks.clone())
         } else if let Some(call) = rest.strip_prefix("apg.") {
             let call = window * apg_calls + call.parse::<usize>().expect("apg.N");
             recorded.get(&format!("apg.{call}")).cloned()
@@ -343,7 +382,7 @@ fn a_missing_colour_match_is_noticed() {
 #[test]
 fn an_audio_one_frame_late_is_noticed() {
     noticed(|run| {
-        for embeds in &mut run.conditioning.audio_embeds {
+        for embeds in &mut run.audio_embeds {
             let rest = embeds.narrow(0, 0, embeds.dim(0).unwrap() - 1).unwrap();
             *embeds = Tensor::cat(&[&embeds.narrow(0, 0, 1).unwrap(), &rest], 0).unwrap();
         }
@@ -363,9 +402,10 @@ fn a_cancelled_generation_ends_with_that_error() {
     };
     let mut control = Control { cancel: &cancel, progress: &mut progress };
     let mut noise = |w: usize, _| Ok(run.io.f32(&format!("w{w}.noise")));
+    let networks = networks(&config);
     let result = generate_windows(
-        &networks(&config),
-        &run.conditioning,
+        networks.generator(),
+        &run.conditioning(&networks),
         &run.sampling,
         &mut noise,
         &mut control,

@@ -27,6 +27,9 @@ pub(super) struct Probe {
     pub patches: Vec<(u64, [u8; 4])>,
     /// The part of the track that is to be heard, by its edit list.
     pub edit: Option<Edit>,
+    /// Whether an MP3 has fewer bytes than its own header counts. Each of its frames stands for itself, so what is
+    /// there is whole.
+    pub cut_off: bool,
 }
 
 /// The one edit of an MP4 audio track, in seconds of the track.
@@ -49,10 +52,11 @@ pub(super) fn probe(bytes: &[u8]) -> Result<Probe> {
     let start = id3_len(bytes);
     let body = bytes.get(start..).unwrap_or_default();
     let container = sniff(body)?;
-    let mut probe = Probe { container, start, patches: Vec::new(), edit: None };
+    let mut probe = Probe { container, start, patches: Vec::new(), edit: None, cut_off: false };
     match container {
         Container::Wav => probe.patches = check_wav(body)?,
         Container::Mp4 => probe.edit = mp4_edit(body),
+        Container::Frames => probe.cut_off = mp3_len(body).is_some_and(|len| len > body.len() as u64),
         _ => {}
     }
     Ok(probe)
@@ -100,23 +104,36 @@ fn frame_sync(bytes: &[u8]) -> bool {
     bytes[zeros..].windows(4).next().is_some_and(header)
 }
 
+/// The bytes of an MP3 by the Xing or Info tag in its first frame.
+fn mp3_len(bytes: &[u8]) -> Option<u64> {
+    /// The tag follows the header and at most 32 bytes of side information.
+    const SEARCH: usize = 64;
+    let frame = &bytes[bytes.iter().take_while(|&&b| b == 0).count()..];
+    let tag = frame.windows(4).take(SEARCH).position(|w| matches!(w, b"Xing" | b"Info"))?;
+    let flags = u32_be(frame, tag + 4)?;
+    // The number of frames comes first, where it is told.
+    let at = tag + 8 + if flags & 1 != 0 { 4 } else { 0 };
+    (flags & 2 != 0).then(|| u32_be(frame, at)).flatten().map(u64::from)
+}
+
 /// Whether the brand of an ISO file is that of a picture (HEIF, AVIF).
 fn is_picture(brand: &[u8]) -> bool {
     matches!(brand.first_chunk(), Some(b"heic" | b"heix" | b"mif1" | b"msf1" | b"avif" | b"avis"))
 }
 
 fn unknown(bytes: &[u8]) -> Error {
-    let what = match bytes {
-        [b'R', b'F', b'6', b'4', ..] | [b'r', b'i', b'f', b'f', ..] => "RF64 or W64",
-        [b'c', b'a', b'f', b'f', ..] => "CAF",
-        [0x30, 0x26, 0xB2, 0x75, ..] => "WMA",
-        [b'#', b'!', b'A', b'M', b'R', ..] => "AMR",
-        [0x89, b'P', b'N', b'G', ..] | [0xFF, 0xD8, 0xFF, ..] => "a picture",
-        _ if bytes.trim_ascii_start().starts_with(b"<") => "HTML or XML",
-        _ => "of no known form",
+    let (what, format) = match bytes {
+        [b'R', b'F', b'6', b'4', ..] | [b'r', b'i', b'f', b'f', ..] => ("RF64 or W64", "rf64"),
+        [b'c', b'a', b'f', b'f', ..] => ("CAF", "caf"),
+        [0x30, 0x26, 0xB2, 0x75, ..] => ("WMA", "wma"),
+        [b'#', b'!', b'A', b'M', b'R', ..] => ("AMR", "amr"),
+        [0x89, b'P', b'N', b'G', ..] | [0xFF, 0xD8, 0xFF, ..] => ("a picture", "image"),
+        _ if bytes.trim_ascii_start().starts_with(b"<") => ("HTML or XML", "xml"),
+        _ => ("of no known form", "unknown"),
     };
     let message = format!("the audio is {what}, expected WAV, MP3, FLAC, Ogg, M4A, WebM or AIFF");
-    invalid("INVALID_AUDIO_FORMAT", message).with_hint("convert the audio to WAV or MP3")
+    let error = invalid("INVALID_AUDIO_FORMAT", message).with_received_format(format);
+    error.with_hint("convert the audio to WAV or MP3")
 }
 
 fn u32_le(bytes: &[u8], at: usize) -> Option<u32> {
@@ -147,6 +164,10 @@ fn check_wav(bytes: &[u8]) -> Result<Vec<(u64, [u8; 4])>> {
             b"data" if len >= STREAMING || (len == 0 && riff_len == 0) => {
                 patches.push((at as u64 + 4, [0xFF; 4]));
                 return Ok(patches);
+            }
+            b"data" if len > 0 && left == 0 => {
+                let message = "the WAV is a header without samples";
+                return Err(Error::new(ErrorKind::EmptyAudio, message).with_reason("AUDIO_EMPTY"));
             }
             b"data" if len as usize > left => {
                 return Err(truncated(&format!("it has {left} of {len} bytes of samples")));

@@ -55,6 +55,7 @@ pub(super) struct Decoder {
     /// Samples per channel that the file says it has, where that can be relied on.
     expected_samples: Option<u64>,
     edit: Option<Edit>,
+    cut_off: bool,
     format: Option<Format>,
     /// Samples per channel still to be dropped, and still to be delivered.
     skip: u64,
@@ -81,12 +82,16 @@ impl Decoder {
     }
 
     fn open_unguarded(bytes: Arc<[u8]>) -> Result<Self> {
-        let Probe { container, start, patches, edit } = container::probe(&bytes)?;
+        let Probe { container, start, patches, edit, cut_off } = container::probe(&bytes)?;
         let source = Source { bytes, start, position: 0, patches };
         let stream = MediaSourceStream::new(Box::new(source), Default::default());
         let reader = symphonia::default::get_probe()
             .probe(&Hint::new(), stream, FormatOptions::default(), MetadataOptions::default())
-            .map_err(|e| corrupt("its header cannot be read", e))?;
+            .map_err(|e| match e {
+                // Of other containers this says no more than that they are damaged.
+                SymphoniaError::Unsupported(_) if container == Container::Wav => unsupported(e),
+                e => corrupt("its header cannot be read", e),
+            })?;
         let track = reader
             .default_track(TrackType::Audio)
             .ok_or_else(|| invalid("AUDIO_NO_TRACK", "the file has no audio track"))?;
@@ -112,6 +117,7 @@ impl Decoder {
             time_base,
             expected_samples,
             edit,
+            cut_off,
             format: None,
             skip: 0,
             keep: u64::MAX,
@@ -135,6 +141,11 @@ impl Decoder {
     /// Packets that could not be decoded and are silent instead.
     pub fn bad_packets(&self) -> u64 {
         self.bad_packets
+    }
+
+    /// Whether the file ends before the end that it tells of, and is heard up to there.
+    pub fn is_cut_off(&self) -> bool {
+        self.cut_off
     }
 
     /// Replaces `block` by the next samples, interleaved; false at the end.
@@ -167,6 +178,7 @@ impl Decoder {
                 return match self.container {
                     // The length of a WAV was checked before; where it is not known the file ends it.
                     Container::Wav | Container::Matroska { open_ended: true } => self.end(),
+                    Container::Frames if self.cut_off => self.end(),
                     _ => Err(corrupt("it is cut off", SymphoniaError::IoError(e))),
                 };
             }
@@ -255,12 +267,13 @@ impl Decoder {
         Ok(())
     }
 
-    /// The regular end: there must be as much as the file said.
+    /// The end: there must be as much as the file said, unless it is known to be cut off.
     fn end(&mut self) -> Result<()> {
         self.ended = true;
         // Encoders count their last, partly filled packets differently: two of the longest are tolerated.
         const SLACK: u64 = 2 * 4096;
         match self.expected_samples {
+            Some(_) if self.cut_off => Ok(()),
             Some(expected) if self.decoded.saturating_add(SLACK.min(expected / 4)) < expected => {
                 Err(invalid(
                     "AUDIO_CORRUPT",
@@ -280,10 +293,6 @@ impl Codec {
         if parameters.codec == CODEC_ID_OPUS {
             return Ok((Self::opus(parameters)?, "opus"));
         }
-        let unsupported = |e| {
-            invalid("UNSUPPORTED_AUDIO_CODEC", format!("the codec of the audio is not supported: {e}"))
-                .with_hint("convert the audio to WAV or MP3")
-        };
         let codecs = symphonia::default::get_codecs();
         let decoder =
             codecs.make_audio_decoder(parameters, &AudioDecoderOptions::default()).map_err(unsupported)?;
@@ -352,6 +361,13 @@ fn guarded<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
     // After a panic nothing that `run` touched is used again.
     catch_unwind(AssertUnwindSafe(run))
         .unwrap_or_else(|_| Err(invalid("AUDIO_CORRUPT", "the audio is damaged: its decoder gave up")))
+}
+
+fn unsupported(error: SymphoniaError) -> crate::Error {
+    let message = format!("the codec of the audio is not supported: {error}");
+    invalid("UNSUPPORTED_AUDIO_CODEC", message)
+        .with_source(error)
+        .with_hint("convert the audio to WAV or MP3")
 }
 
 fn corrupt(what: &str, error: SymphoniaError) -> crate::Error {

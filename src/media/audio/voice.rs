@@ -65,6 +65,11 @@ pub enum Warning {
         /// How many.
         packets: u64,
     },
+    /// The file ends too early, as after a broken download. What is there is heard.
+    CutOff {
+        /// Its length in seconds.
+        seconds: f64,
+    },
 }
 
 impl fmt::Display for Warning {
@@ -74,6 +79,9 @@ impl fmt::Display for Warning {
             Self::Silent => write!(f, "the audio is silent, the mouth will stay closed"),
             Self::Damaged { packets } => {
                 write!(f, "{packets} packets of the audio are damaged and stay silent")
+            }
+            Self::CutOff { seconds } => {
+                write!(f, "the audio is cut off: its file ends after {seconds:.2} s")
             }
         }
     }
@@ -148,7 +156,7 @@ impl Voice {
         let Some(format) = decoder.format().cloned().filter(|_| intake.samples > 0) else {
             return Err(empty("the audio holds no samples"));
         };
-        let warnings = intake.warnings(&format, decoder.bad_packets())?;
+        let warnings = intake.warnings(&format, &decoder)?;
         let facts = Facts {
             sample_rate_hz: format.sample_rate_hz,
             channels: format.channels,
@@ -225,7 +233,7 @@ impl Intake {
         Ok(())
     }
 
-    fn warnings(&self, format: &Format, bad_packets: u64) -> Result<Vec<Warning>> {
+    fn warnings(&self, format: &Format, decoder: &Decoder) -> Result<Vec<Warning>> {
         let seconds = self.samples as f64 / f64::from(format.sample_rate_hz);
         if seconds < MIN_SECONDS {
             let message = format!(
@@ -237,8 +245,10 @@ impl Intake {
         }
         let short = (seconds < SHORT_SECONDS).then_some(Warning::Short { seconds });
         let silent = (self.peak < SILENT_PEAK).then_some(Warning::Silent);
-        let damaged = (bad_packets > 0).then_some(Warning::Damaged { packets: bad_packets });
-        Ok([short, silent, damaged].into_iter().flatten().collect())
+        let packets = decoder.bad_packets();
+        let damaged = (packets > 0).then_some(Warning::Damaged { packets });
+        let cut_off = decoder.is_cut_off().then_some(Warning::CutOff { seconds });
+        Ok([short, silent, damaged, cut_off].into_iter().flatten().collect())
     }
 
     fn finish(mut self) -> Vec<f32> {

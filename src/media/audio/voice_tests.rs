@@ -217,6 +217,7 @@ fn empty_audio_is_refused() {
     const EMPTY: (ErrorKind, &str) = (ErrorKind::EmptyAudio, "AUDIO_EMPTY");
     assert_eq!(refused(&[]), EMPTY);
     assert_eq!(refused(&wav16(16_000, 1, &[])), EMPTY);
+    assert_eq!(refused(&wav16(16_000, 1, &[0.1; 100])[..44]), EMPTY, "a header alone");
 }
 
 #[test]
@@ -236,12 +237,11 @@ fn what_is_no_audio_is_refused() {
 fn cut_off_audio_is_refused() {
     let long = wav16(16_000, 1, &sweep(16_000));
     assert_eq!(refused(&long[..long.len() / 2]), CORRUPT);
-    for len in [4, 20, 43] {
+    for len in [4, 20, 43, 46] {
         assert_eq!(refused(&long[..len]).0, ErrorKind::InvalidAudio, "{len}");
     }
     for bytes in [
         fixture!("sweep-8000.flac"),
-        fixture!("sweep-44100.mp3"),
         fixture!("sweep-44100-aac.m4a"),
         fixture!("sweep-8000-alac.m4a"),
         fixture!("sweep-44100-vorbis.ogg"),
@@ -253,6 +253,21 @@ fn cut_off_audio_is_refused() {
         assert_eq!(kind, ErrorKind::InvalidAudio);
         assert!(["AUDIO_CORRUPT", "INVALID_AUDIO_FORMAT"].contains(&reason), "{reason}");
     }
+}
+
+/// Each frame of an MP3 stands for itself: a download that broke off is heard up to there.
+#[test]
+fn an_mp3_that_is_cut_off_is_heard_with_a_warning() {
+    let whole = fixture!("sweep-44100.mp3");
+    for len in [whole.len() / 2, whole.len() * 2 / 3, whole.len() - 1000] {
+        let voice = open(&whole[..len]).unwrap();
+        let seconds = voice.duration_s();
+        assert!((0.1..0.5).contains(&seconds), "{seconds} s of {len} bytes");
+        assert!(voice.facts().warnings.contains(&Warning::CutOff { seconds }), "{:?}", voice.facts());
+        let expected = sweep(VOICE_RATE_HZ);
+        assert_eq!(lag(voice.signal(), &expected[..voice.signal().len()]), 0);
+    }
+    assert_eq!(open(whole).unwrap().facts().warnings, [Warning::Short { seconds: 0.5 }]);
 }
 
 #[test]
@@ -301,7 +316,7 @@ fn impossible_headers_are_refused() {
     }
     assert_eq!(refused(&header(1, 0, 1, 16)).0, ErrorKind::InvalidAudio);
     assert_eq!(refused(&header(1, 16_000, 1, 0)).0, ErrorKind::InvalidAudio);
-    assert_eq!(refused(&header(0x55, 16_000, 1, 16)).0, ErrorKind::InvalidAudio);
+    assert_eq!(refused(&header(0x77, 16_000, 1, 16)), (ErrorKind::InvalidAudio, "UNSUPPORTED_AUDIO_CODEC"));
 }
 
 #[test]

@@ -89,20 +89,21 @@ fn sniff(bytes: &[u8]) -> Result<ImageFormat> {
         [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => return Ok(ImageFormat::WebP),
         _ => {}
     }
-    let other = match bytes {
-        [b'G', b'I', b'F', b'8', ..] => "a GIF",
-        [b'B', b'M', ..] => "a BMP",
-        [b'I', b'I', b'*', 0, ..] | [b'M', b'M', 0, b'*', ..] => "a TIFF",
-        [0, 0, 1, 0, ..] => "an icon",
-        [_, _, _, _, b'f', b't', b'y', b'p', b'h' | b'm', ..] => "an HEIC, HEIF or MP4 file",
-        [_, _, _, _, b'f', b't', b'y', b'p', b'a', ..] => "an AVIF",
-        [_, _, _, _, b'f', b't', b'y', b'p', ..] => "an MP4 or MOV file",
-        [b'%', b'P', b'D', b'F', ..] => "a PDF",
-        _ if bytes.trim_ascii_start().starts_with(b"<") => "SVG, HTML or other XML",
-        _ => "of no known form",
+    let (other, format) = match bytes {
+        [b'G', b'I', b'F', b'8', ..] => ("a GIF", "gif"),
+        [b'B', b'M', ..] => ("a BMP", "bmp"),
+        [b'I', b'I', b'*', 0, ..] | [b'M', b'M', 0, b'*', ..] => ("a TIFF", "tiff"),
+        [0, 0, 1, 0, ..] => ("an icon", "ico"),
+        [_, _, _, _, b'f', b't', b'y', b'p', b'h' | b'm', ..] => ("an HEIC, HEIF or MP4 file", "heic"),
+        [_, _, _, _, b'f', b't', b'y', b'p', b'a', ..] => ("an AVIF", "avif"),
+        [_, _, _, _, b'f', b't', b'y', b'p', ..] => ("an MP4 or MOV file", "mp4"),
+        [b'%', b'P', b'D', b'F', ..] => ("a PDF", "pdf"),
+        _ if bytes.trim_ascii_start().starts_with(b"<") => ("SVG, HTML or other XML", "xml"),
+        _ => ("of no known form", "unknown"),
     };
     let message = format!("the image is {other}, expected PNG, JPEG or WebP");
-    Err(invalid("INVALID_IMAGE_FORMAT", message).with_hint("convert the picture to JPEG or PNG"))
+    let error = invalid("INVALID_IMAGE_FORMAT", message).with_received_format(format);
+    Err(error.with_hint("convert the picture to JPEG or PNG"))
 }
 
 fn check_dimensions(width: u32, height: u32, limits: &Limits) -> Result<()> {

@@ -54,6 +54,12 @@ impl Portrait {
         &self.rgb
     }
 
+    /// Whether every pixel has the same colour, so that there can be no face.
+    pub fn is_blank(&self) -> bool {
+        let pixels = self.rgb.as_chunks::<3>().0;
+        pixels.iter().all(|pixel| *pixel == pixels[0])
+    }
+
     /// Scaled until it covers `target`, then cut to it around the centre. Both sides of `target` must be
     /// above 0.
     pub fn fit(&self, target: Size) -> Self {

@@ -66,15 +66,19 @@ impl SelfAttention {
     }
 
     /// Mixes the tokens `xs` (B, L, D), which lie on the grid of `rope`.
-    pub fn forward(&self, xs: &Tensor, rope: &Rope) -> Result<SelfAttended> {
-        let q = self.norm_q.forward(&self.q.forward(xs)?)?;
-        let q = rope.rotate(&split_heads(&q, self.num_heads)?)?;
-        let k = self.norm_k.forward(&self.k.forward(xs)?)?;
-        let k = rope.rotate(&split_heads(&k, self.num_heads)?)?;
-        let v = split_heads(&self.v.forward(xs)?, self.num_heads)?;
+    pub fn forward(&self, xs: Tensor, rope: &Rope) -> Result<SelfAttended> {
+        let rotated = |linear: &Linear, norm: &RmsNorm| {
+            let projected = norm.forward(&linear.forward(&xs)?)?;
+            rope.rotate(&split_heads(&projected, self.num_heads)?)
+        };
+        let (q, k) = (rotated(&self.q, &self.norm_q)?, rotated(&self.k, &self.norm_k)?);
+        let v = split_heads(&self.v.forward(&xs)?, self.num_heads)?;
+        drop(xs);
         let kv = KeysValues { k, v };
-        let ys = self.o.forward(&kv.attend(&q)?)?;
-        Ok(SelfAttended { ys, q, k: kv.k })
+        let ys = kv.attend(&q)?;
+        let KeysValues { k, v } = kv;
+        drop(v);
+        Ok(SelfAttended { ys: self.o.forward(&ys)?, q, k })
     }
 }
 

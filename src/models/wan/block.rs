@@ -72,8 +72,9 @@ impl Block {
         let modulation = (self.modulation.to_dtype(DType::F32)? + conditions.modulation)?;
         let part = |i: usize| modulation.narrow(1, i, 1); // (1, 1, D)
 
+        // Every tensor is as large as the tokens, so each is dropped as soon as it has been used.
         let ys = layer_norm_modulated(xs, &part(0)?, &part(1)?, self.eps)?;
-        let attended = self.self_attn.forward(&ys, conditions.rope)?;
+        let attended = self.self_attn.forward(ys, conditions.rope)?;
         record("self_attn", &attended.ys);
         record_queries_and_keys(self.index, &attended);
         let xs = residual_gate(xs, &attended.ys, &part(2)?)?;
@@ -100,7 +101,10 @@ impl Block {
         let xs = (xs + ys)?;
 
         let ys = layer_norm_modulated(&xs, &part(3)?, &part(4)?, self.eps)?;
-        let ys = self.ffn_out.forward(&self.ffn_in.forward_gelu_tanh(&ys)?)?;
+        let hidden = self.ffn_in.forward_gelu_tanh(&ys)?;
+        drop(ys);
+        let ys = self.ffn_out.forward(&hidden)?;
+        drop(hidden);
         record("ffn", &ys);
         let xs = residual_gate(&xs, &ys, &part(5)?)?;
         trace::record(|| format!("block_{}", self.index), &xs);

@@ -12,17 +12,22 @@
 //!   values are the masks, so that no matrix of tokens × tokens exists;
 //! - a speaker whose mask is empty has the value 0 in that map, where the reference divides by zero;
 //! - rotary angles are made in f64 and applied in f32, where the reference rotates in f64;
+//! - blocks may come from elsewhere one by one ([`Model::with_streamed_blocks`]), for devices that do not hold them all;
 //! - caching between steps lives in `pipeline::teacache`, which calls [`Model::embed`], [`Model::blocks`] and
 //!   [`Model::head`] one by one.
 
 mod attention;
 mod audio;
 mod block;
+mod blocks;
 mod config;
+mod cost;
 mod head;
 mod model;
 mod routing;
 
+pub use blocks::BlockSource;
 pub use config::Config;
+pub use cost::Extent;
 pub use model::{Audio, Context, Embedded, Model};
 pub use routing::{normalize_and_scale, ref_attn_map};

@@ -1,6 +1,6 @@
 //! The whole network.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
@@ -8,7 +8,8 @@ use candle_nn::VarBuilder;
 use super::Config;
 use super::attention::{ContextKeysValues, KeysValues};
 use super::audio::AudioProjector;
-use super::block::{Block, Conditions};
+use super::block::Conditions;
+use super::blocks::{BlockSource, Blocks};
 use super::head::{Head, patchify};
 use super::routing::{Positions, Routing};
 use crate::nn::rope::Rope;
@@ -26,7 +27,7 @@ pub struct Model {
     time_projection: Linear,
     image_embedding: ImageEmbedding,
     audio_proj: AudioProjector,
-    blocks: Vec<Block>,
+    blocks: Blocks,
     head: Head,
     config: Config,
     dtype: DType,
@@ -94,6 +95,26 @@ impl ImageEmbedding {
 impl Model {
     /// Loads the network below `vb`, or fails naming the field of `cfg` that it does not implement.
     pub fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
+        Self::build(cfg, vb, cfg.num_layers, None)
+    }
+
+    /// Like [`Model::new`], but only the first `resident` blocks are loaded: the others come from `source` each time
+    /// they are needed. The results are the same.
+    pub fn with_streamed_blocks(
+        cfg: &Config,
+        vb: VarBuilder,
+        resident: usize,
+        source: Arc<dyn BlockSource>,
+    ) -> Result<Self> {
+        Self::build(cfg, vb, resident, Some(source))
+    }
+
+    fn build(
+        cfg: &Config,
+        vb: VarBuilder,
+        resident: usize,
+        source: Option<Arc<dyn BlockSource>>,
+    ) -> Result<Self> {
         cfg.validate()?;
         let [_, patch_rows, patch_cols] = cfg.patch_size;
         let patch = vb.pp("patch_embedding");
@@ -105,7 +126,6 @@ impl Model {
             let vb = vb.pp(name);
             Ok((Linear::new(in_dim, cfg.dim, vb.pp("0"))?, Linear::new(cfg.dim, cfg.dim, vb.pp("2"))?))
         };
-        let blocks = vb.pp("blocks");
         Ok(Self {
             patch_embedding,
             text_embedding: pair("text_embedding", cfg.text_dim)?,
@@ -113,8 +133,8 @@ impl Model {
             time_projection: Linear::new(cfg.dim, 6 * cfg.dim, vb.pp("time_projection.1"))?,
             image_embedding: ImageEmbedding::new(cfg, vb.pp("img_emb"))?,
             audio_proj: AudioProjector::new(cfg, vb.pp("audio_proj"))?,
-            blocks: (0..cfg.num_layers).map(|i| Block::new(cfg, i, blocks.pp(i))).collect::<Result<_>>()?,
             head: Head::new(cfg, vb.pp("head"))?,
+            blocks: Blocks::new(cfg, vb.clone(), resident, source)?,
             config: cfg.clone(),
             dtype: vb.dtype(),
             device: vb.device().clone(),
@@ -141,8 +161,12 @@ impl Model {
         let image = self.image_embedding.forward(&image_embeds.to_dtype(self.dtype)?)?;
         trace::record(|| "text_tokens".to_owned(), &text);
         trace::record(|| "image_tokens".to_owned(), &image);
-        let blocks = self.blocks.iter().map(|block| block.encode_context(&text, &image));
-        Ok(Context { blocks: blocks.collect::<Result<_>>()? })
+        let mut blocks = Vec::with_capacity(self.config.num_layers);
+        self.blocks.each(|block| {
+            blocks.push(block.encode_context(&text, &image)?);
+            Ok(())
+        })?;
+        Ok(Context { blocks })
     }
 
     /// Keys and values of every block for `audio` (P, F, audio_window, audio_blocks, audio_channels) of one or
@@ -158,8 +182,12 @@ impl Model {
             }
             _ => bail!("the audio is of {persons} persons, expected 1 or 2"),
         };
-        let blocks = self.blocks.iter().map(|block| block.encode_audio(&tokens, rope.as_ref()));
-        Ok(Audio { blocks: blocks.collect::<Result<_>>()?, persons, latent_frames: tokens.dim(0)? })
+        let mut blocks = Vec::with_capacity(self.config.num_layers);
+        self.blocks.each(|block| {
+            blocks.push(block.encode_audio(&tokens, rope.as_ref())?);
+            Ok(())
+        })?;
+        Ok(Audio { blocks, persons, latent_frames: tokens.dim(0)? })
     }
 
     /// Tokens of noisy `latents` (out_dim, T, h, w) and condition `y` (in_dim - out_dim, T, h, w) at
@@ -202,7 +230,11 @@ impl Model {
             }
         };
         let mut xs = embedded.xs.clone();
-        for ((block, context), audio) in self.blocks.iter().zip(&context.blocks).zip(&audio.blocks) {
+        let mut conditions = context.blocks.iter().zip(&audio.blocks);
+        self.blocks.each(|block| {
+            let Some((context, audio)) = conditions.next() else {
+                bail!("the context is of fewer blocks than the network has")
+            };
             let conditions = Conditions {
                 modulation: &embedded.modulation,
                 rope: &embedded.rope,
@@ -211,7 +243,8 @@ impl Model {
                 routing: routing.as_ref(),
             };
             xs = block.forward(&xs, &conditions)?;
-        }
+            Ok(())
+        })?;
         Ok(xs)
     }
 

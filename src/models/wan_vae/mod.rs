@@ -21,6 +21,7 @@
 
 mod blocks;
 mod cache;
+mod cost;
 mod decoder;
 mod encoder;
 mod resample;
@@ -31,6 +32,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::nn::{Conv2d, Padding2d, trace};
 use cache::Cache;
+pub use cost::Cost;
 use decoder::Decoder;
 use encoder::Encoder;
 
