@@ -126,8 +126,7 @@ pub fn stages(model: &ModelSpec) -> Result<Vec<Stage>> {
     let Video { height, width, frames_per_window: frames, .. } = video;
     let latents = [16, (frames - 1) / 4 + 1, height / 8, width / 8];
     let dit = model.dit.config.clone();
-    let [_, patch_rows, patch_cols] = dit.patch_size;
-    let tokens = latents[1] * (latents[2] / patch_rows) * (latents[3] / patch_cols);
+    let tokens = dit.tokens((latents[1], latents[2], latents[3]));
     let vae = model.vae.config.clone();
     let wav2vec2 = model.audio_encoder.config.clone();
     let own = [
@@ -212,7 +211,9 @@ impl Stage {
             Work::Clip { .. } => (1.0, "images"),
             Work::VaeEncode { frames, .. } | Work::H264Encode { frames, .. } => (*frames as f64, "frames"),
             Work::VaeDecode { latents: [_, t, ..], .. } => ((4 * t - 3) as f64, "frames"),
-            Work::DitForward { network, .. } => (self.dit_gflop(network), "GFLOP"),
+            Work::DitForward { network, .. } => {
+                (1e-9 * network.forward_flops(self.dit_tokens(), IMAGE_ROWS), "GFLOP")
+            }
             Work::Video(video) => (video.frames as f64, "frames"),
         }
     }
@@ -220,21 +221,9 @@ impl Stage {
     /// Tokens of the DiT's latents; 0 for other work.
     fn dit_tokens(&self) -> usize {
         match &self.work {
-            Work::DitForward { network, latents: [_, t, h, w], .. } => {
-                let [_, rows, cols] = network.patch_size;
-                t * (h / rows) * (w / cols)
-            }
+            Work::DitForward { network, latents: [_, t, h, w], .. } => network.tokens((*t, *h, *w)),
             _ => 0,
         }
-    }
-
-    /// Multiplications and additions of the blocks' linear layers and attentions.
-    fn dit_gflop(&self, cfg: &wan::Config) -> f64 {
-        let (l, d) = (self.dit_tokens() as f64, cfg.dim as f64);
-        // q, k, v, o; q, o of the text and image attention; q, proj of the audio attention; the two of the FFN.
-        let linear = 2.0 * l * d * (8.0 * d + 2.0 * cfg.ffn_dim as f64);
-        let keys = l + (cfg.text_len + IMAGE_ROWS + cfg.context_tokens) as f64;
-        1e-9 * cfg.num_layers as f64 * (linear + 4.0 * l * keys * d)
     }
 
     /// Builds the networks and inputs of the stage on `device`, and returns what is to be timed.

@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use talkie::registry::ModelStorage;
 use talkie::request::Limits;
 
+use crate::hub::{Hub, HubSettings};
 use crate::inputs::FetchPolicy;
 use crate::job::{Code, JobError};
 
@@ -42,6 +44,9 @@ pub struct ConfigArgs {
         default_missing_value = "true"
     )]
     pub allow_private_urls: Option<String>,
+    /// Bytes of the GPU's memory to use at most, or of the host's where the CPU computes [default: what is free]
+    #[arg(long, global = true, env = "TALKIE_MEMORY_LIMIT", value_name = "BYTES")]
+    pub memory_limit: Option<String>,
     /// Least level of log lines: error, warn, info, debug or trace [default: warn]
     #[arg(long, global = true, env = "LOG_LEVEL", value_name = "LEVEL")]
     pub log_level: Option<String>,
@@ -50,14 +55,16 @@ pub struct ConfigArgs {
 /// The settings, checked.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Folder of the model weights.
-    pub model_storage: PathBuf,
+    /// Where the model weights lie, and come from.
+    pub hub: Hub,
     /// Longest audio in seconds; `None` for any length.
     pub max_audio_seconds: Option<u32>,
     /// Bytes that image and audio files may have.
     pub limits: Limits,
     /// Whether URLs may lead to private addresses.
     pub allow_private_urls: bool,
+    /// Bytes of the device's memory to use at most; `None` for what is free.
+    pub memory_limit: Option<u64>,
     /// Least level of log lines.
     pub log_level: tracing::Level,
 }
@@ -83,8 +90,16 @@ impl Config {
             Setting::new(name, value)
                 .parse("bytes from 1 to 1000000000", default, |n| (1..=1_000_000_000).contains(n))
         };
+        let memory_limit = Setting::new("TALKIE_MEMORY_LIMIT", &args.memory_limit).parse(
+            "bytes from 1 to 10^15",
+            0,
+            |n| (1..=1_000_000_000_000_000).contains(n),
+        )?;
         Ok(Self {
-            model_storage: model_storage(args, env, root),
+            hub: Hub::new(
+                HubSettings::from_env(|name| env(name).map(PathBuf::into_os_string), root)?,
+                ModelStorage::at(model_storage(args, &env, root)),
+            ),
             max_audio_seconds: (max_audio_seconds > 0).then_some(max_audio_seconds),
             limits: Limits {
                 image_bytes: bytes("MAX_IMAGE_BYTES", &args.max_image_bytes, defaults.image_bytes)?,
@@ -95,6 +110,7 @@ impl Config {
                 false,
                 |_| true,
             )?,
+            memory_limit: Some(memory_limit).filter(|bytes| *bytes > 0),
             log_level: Setting::new("LOG_LEVEL", &args.log_level).parse(
                 "error, warn, info, debug or trace",
                 tracing::Level::WARN,
@@ -133,7 +149,7 @@ impl<'a> Setting<'a> {
     ) -> Result<T, JobError> {
         let Some(text) = self.value else { return Ok(default) };
         text.parse().ok().filter(fits).ok_or_else(|| {
-            let flag = self.variable.to_ascii_lowercase().replace('_', "-");
+            let flag = self.variable.trim_start_matches("TALKIE_").to_ascii_lowercase().replace('_', "-");
             let message = format!("`{}` (--{flag}) is {text:?}, expected {expected}", self.variable);
             JobError::new(Code::InvalidInput, message).with_reason("CONFIG")
         })
@@ -172,6 +188,7 @@ mod tests {
             assert_eq!(config.max_audio_seconds, Some(600));
             assert_eq!(config.limits, Limits { image_bytes: 10_000_000, audio_bytes: 50_000_000 });
             assert!(!config.allow_private_urls);
+            assert_eq!(config.memory_limit, None);
             assert_eq!(config.log_level, tracing::Level::WARN);
         }
         assert_eq!(config(|a| a.max_audio_seconds = Some("0".into())).unwrap().max_audio_seconds, None);
@@ -186,6 +203,8 @@ mod tests {
         assert!(config(|a| a.max_image_bytes = Some("0".into())).is_err());
         assert!(config(|a| a.allow_private_urls = Some("yes".into())).is_err());
         assert!(config(|a| a.log_level = Some("loud".into())).is_err());
+        let e = config(|a| a.memory_limit = Some("8GB".into())).unwrap_err();
+        assert!(e.message.starts_with("`TALKIE_MEMORY_LIMIT` (--memory-limit) is \"8GB\""), "{e}");
     }
 
     #[test]
@@ -193,7 +212,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let storage = |args: &ConfigArgs, env: &[(&str, &str)]| {
             let find = |name: &str| env.iter().find(|(n, _)| *n == name).map(|(_, v)| PathBuf::from(v));
-            Config::new(args, find, root.path()).unwrap().model_storage
+            Config::new(args, find, root.path()).unwrap().hub.storage().root().to_owned()
         };
         let none = ConfigArgs::default();
         assert_eq!(storage(&none, &[("HOME", "/home/me")]), Path::new("/home/me/.cache/talkie/models"));

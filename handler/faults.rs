@@ -124,7 +124,7 @@ mod directives {
             progress: &mut dyn FnMut(Progress),
         ) -> Result<Video> {
             let mut step = |step, steps| {
-                progress(Progress { stage: Stage::Denoise, window: 0, windows: 1, step, steps });
+                progress(Progress { windows: 1, step, steps, ..Progress::at(Stage::Denoise) });
             };
             let cuda = |name: &str| Err(Error::new(ErrorKind::Inference, format!("DriverError({name})")));
             match self {
@@ -158,13 +158,8 @@ mod directives {
                         std::thread::sleep(STEP);
                         step(done, *steps);
                     }
-                    progress(Progress {
-                        stage: Stage::Decode,
-                        window: 0,
-                        windows: 1,
-                        step: *steps,
-                        steps: *steps,
-                    });
+                    let (step, steps) = (*steps, *steps);
+                    progress(Progress { windows: 1, step, steps, ..Progress::at(Stage::Decode) });
                 }
             }
             stand_in(settings, output, 0)
@@ -208,6 +203,8 @@ mod directives {
             seed: settings.seed,
             thumbnail,
             timings: Timings::default(),
+            loading: None,
+            plan: None,
         })
     }
 }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use candle_core::Device;
 use clap::ValueEnum;
@@ -13,15 +13,15 @@ use sha2::{Digest, Sha256};
 use talkie::device::Preference;
 use talkie::media::audio::{self, Voice};
 use talkie::media::image::{self, Portrait};
-use talkie::pipeline::{
-    Cancel, Control, Inputs, LoadOptions, Pipeline, Progress, Settings, Video, stored_files,
-};
-use talkie::registry::{ModelSpec, Registry};
+use talkie::pipeline::{Cancel, Control, Inputs, Job, Loading, MEMORY_PLAN, Pipeline, Video};
+use talkie::prepared::Selection;
+use talkie::registry::{ModelSpec, ModelStorage, Registry, RepoFiles};
 use talkie::request::{FPS, GenerateRequest, MediaSource, Medium};
 use talkie::{Error, ErrorKind, Result};
 
 use crate::config::Config;
-use crate::job::{Code, JobError, JobOutput, PeakMemory, Timings};
+use crate::hub::Hub;
+use crate::job::{Code, ColdStart, JobError, JobOutput, PeakMemory, Timings};
 use crate::memory::peak_host_bytes;
 
 /// The model that runs where no weights are installed.
@@ -59,20 +59,17 @@ pub struct Model {
 }
 
 impl Model {
-    /// The model called `name`, else the first whose weights for `speakers` persons lie in `storage`, else the
+    /// The model called `name`, else the first whose weights for `speakers` persons are on this machine, else the
     /// untrained one; from the models.toml at `file`, or the one that is built in.
     ///
     /// # Errors
     /// Those of [`Registry::open`] and [`Registry::model`].
-    pub fn choose(name: Option<&str>, file: Option<&Path>, storage: &Path, speakers: usize) -> Result<Self> {
-        let registry = match file {
-            Some(file) => Registry::open(file)?,
-            None => Registry::built_in()?,
-        };
+    pub fn choose(name: Option<&str>, file: Option<&Path>, hub: &Hub, speakers: usize) -> Result<Self> {
+        let registry = registry(file)?;
         if let Some(name) = name {
             return Ok(Self { spec: registry.model(name)?.clone(), stands_in: false });
         }
-        match registry.models().find(|spec| is_installed(spec, storage, speakers)) {
+        match registry.models().find(|spec| hub.has(spec.files(speakers, &[]))) {
             Some(spec) => Ok(Self { spec: spec.clone(), stands_in: false }),
             None => Ok(Self { spec: registry.model(FALLBACK)?.clone(), stands_in: true }),
         }
@@ -81,16 +78,21 @@ impl Model {
 
 impl Model {
     /// Why a model that stands in shows no face; `storage` is where no weights are.
-    pub fn stand_in_warning(&self, storage: &Path) -> String {
-        let (storage, name) = (storage.display(), &self.spec.name);
+    pub fn stand_in_warning(&self, storage: &ModelStorage) -> String {
+        let (storage, name) = (storage.root().display(), &self.spec.name);
         format!("no weights are installed in {storage}: using `{name}`, which is untrained and shows no face")
     }
 }
 
-/// Whether every file of `spec` lies in `storage`. A model without files is no one's installed model.
-fn is_installed(spec: &ModelSpec, storage: &Path, speakers: usize) -> bool {
-    let mut files = stored_files(storage, spec.files(speakers, &[])).peekable();
-    files.peek().is_some() && files.all(|file| file.is_file())
+/// The models.toml at `file`, in which `$NAME` is a variable of the environment, or the one that is built in.
+///
+/// # Errors
+/// Those of [`Registry::open`].
+pub fn registry(file: Option<&Path>) -> Result<Registry> {
+    match file {
+        Some(file) => Registry::open(file, &|name| std::env::var(name).ok()),
+        None => Registry::built_in(),
+    }
 }
 
 /// Decodes a portrait within the limits of `config`.
@@ -122,8 +124,9 @@ pub fn open_voice(voice: Vec<u8>, config: &Config) -> Result<Voice> {
 pub fn open_inputs(image: &[u8], voices: Vec<Vec<u8>>, config: &Config) -> Result<(Inputs, Vec<String>)> {
     let portrait = open_image(image, config)?;
     let voices = voices.into_iter().map(|bytes| open_voice(bytes, config)).collect::<Result<Vec<_>>>()?;
-    let warnings =
-        voices.iter().flat_map(|voice| voice.facts().warnings.iter().map(ToString::to_string)).collect();
+    let blank = portrait.is_blank().then(|| "the image is of one colour: there is no face in it".to_string());
+    let heard = voices.iter().flat_map(|voice| voice.facts().warnings.iter().map(ToString::to_string));
+    let warnings = blank.into_iter().chain(heard).collect();
     let mut voices = voices.into_iter();
     let Some(voice) = voices.next() else {
         return Err(Error::new(ErrorKind::MissingField, "`audio` is missing"));
@@ -168,86 +171,37 @@ pub fn contained<T>(work: impl FnOnce() -> Result<T>) -> Result<T, JobError> {
     }
 }
 
-/// All that a video is made of.
-pub struct Job<'a> {
-    /// The model.
-    pub spec: &'a ModelSpec,
-    /// Folder of the weights.
-    pub storage: &'a Path,
-    /// What is asked for.
-    pub settings: &'a Settings,
-    /// The opened image and voices.
-    pub inputs: Inputs,
-    /// The file to write.
-    pub output: &'a Path,
-    /// Ends the generation at the next step.
-    pub cancel: &'a Cancel,
-    /// Told where the generation stands.
-    pub progress: &'a mut dyn FnMut(Progress),
-}
-
-/// What came of a [`Job`].
-#[derive(Debug)]
-pub struct Made {
-    /// The video.
-    pub video: Video,
-    /// How long the model took to load; `None` where it was there.
-    pub load: Option<Duration>,
-}
-
-/// Makes videos on one device, and keeps the model of the last one.
+/// Makes videos on one device, and keeps its networks warm.
 pub struct Generator {
-    device: Device,
-    kept: Option<Kept>,
-}
-
-struct Kept {
-    model: String,
-    speakers: usize,
-    loras: Vec<String>,
     pipeline: Pipeline,
 }
 
 impl Generator {
-    /// A generator without a model.
-    pub fn new(device: Device) -> Self {
-        Self { device, kept: None }
+    /// A generator without networks, which uses no more than `memory_limit` bytes of `device`.
+    pub fn new(device: Device, memory_limit: Option<u64>) -> Self {
+        Self { pipeline: Pipeline::new(device, memory_limit) }
     }
 
     /// Whether it computes on a GPU.
     pub fn is_on_gpu(&self) -> bool {
-        !self.device.is_cpu()
+        !self.pipeline.device().is_cpu()
     }
 
-    /// Makes the video, on the calling thread; loads the model unless the last video was made by the same one. A
-    /// model that ran out of memory or panicked is not kept.
+    /// Makes the video, on the calling thread. Networks of a device that ran out of memory or broke are not kept.
     ///
     /// # Errors
     /// Any [`ErrorKind`] but those of requests and media.
-    pub fn run(&mut self, job: Job<'_>) -> Result<Made> {
-        let speakers = if job.inputs.second_voice.is_some() { 2 } else { 1 };
-        let (model, loras) = (&job.spec.name, &job.settings.loras);
-        let fits = |kept: &Kept| kept.model == *model && kept.speakers == speakers && kept.loras == *loras;
-        // What does not fit is dropped here, before its successor needs the memory.
-        let kept = self.kept.take().filter(fits);
-        let (kept, load) = match kept {
-            Some(kept) => (kept, None),
-            None => {
-                let began = Instant::now();
-                let options = LoadOptions { storage: job.storage, speakers, loras, device: &self.device };
-                let pipeline =
-                    Pipeline::load(job.spec, options, job.cancel, job.progress).map_err(classify)?;
-                let kept = Kept { model: model.clone(), speakers, loras: loras.clone(), pipeline };
-                (kept, Some(began.elapsed()))
-            }
+    pub fn run(&mut self, job: Job<'_>, control: Control<'_>) -> Result<Video> {
+        let made = self.pipeline.generate(job, control).map_err(classify);
+        // A plan that was refused has touched nothing.
+        let spoilt = |e: &Error| {
+            e.reason() != Some(MEMORY_PLAN)
+                && matches!(e.kind(), ErrorKind::OutOfMemory | ErrorKind::DeviceUnavailable)
         };
-        let control = Control { cancel: job.cancel, progress: job.progress };
-        let made = kept.pipeline.generate(job.settings, job.inputs, job.output, control).map_err(classify);
-        let spoilt = |e: &Error| matches!(e.kind(), ErrorKind::OutOfMemory | ErrorKind::DeviceUnavailable);
-        if !made.as_ref().is_err_and(spoilt) {
-            self.kept = Some(kept);
+        if made.as_ref().is_err_and(spoilt) {
+            self.pipeline.clear();
         }
-        Ok(Made { video: made?, load })
+        made
     }
 }
 
@@ -323,6 +277,24 @@ pub fn describe(request: &GenerateRequest, path: &Path, video: &Video) -> Result
     })
 }
 
+/// What a process did for `video` that a warm one does not do again, after `boot` and `fetch`.
+pub fn cold_start(video: &Video, boot: Duration, fetch: Duration) -> ColdStart {
+    let cold = ColdStart { boot_ms: ms(boot), fetch_ms: ms(fetch), ..ColdStart::default() };
+    let Some(Loading { wall, stats, .. }) = &video.loading else { return cold };
+    let seconds = stats.wall.as_secs_f64();
+    let gb_per_s = if seconds > 0.0 { stats.bytes_read as f64 / 1e9 / seconds } else { 0.0 };
+    ColdStart {
+        load_ms: ms(*wall),
+        read_ms: ms(stats.read),
+        convert_ms: ms(stats.convert),
+        to_device_ms: ms(stats.to_device),
+        first_step_ms: ms(video.timings.first_step),
+        bytes_read: stats.bytes_read,
+        gb_per_s: (gb_per_s * 1000.0).round() / 1000.0,
+        ..cold
+    }
+}
+
 /// Length and SHA-256 of a file.
 fn hash(path: &Path) -> io::Result<(u64, String)> {
     let mut hasher = Sha256::new();
@@ -344,6 +316,16 @@ pub fn file_url(path: &Path) -> Result<(String, String), JobError> {
     let url = Url::from_file_path(&absolute)
         .map_err(|()| JobError::new(Code::Internal, format!("{} has no URL", absolute.display())))?;
     Ok((url.into(), absolute.display().to_string()))
+}
+
+/// The files that are to be fetched for videos of `speakers` persons with these LoRAs: of networks that are prepared,
+/// the sources are not.
+///
+/// # Errors
+/// As [`Selection::needed`].
+pub fn files_of(spec: &ModelSpec, hub: &Hub, speakers: usize, loras: &[String]) -> Result<Vec<RepoFiles>> {
+    let selection = Selection { spec, storage: hub.storage(), speakers, loras };
+    Ok(selection.needed()?.into_iter().cloned().collect())
 }
 
 /// Why the file at `path` could not be written.

@@ -24,6 +24,7 @@ pub enum Code {
     UrlNotAllowed,
     DownloadFailed,
     ModelNotFound,
+    ModelDownloadFailed,
     ModelCorrupt,
     InsufficientDisk,
     GpuUnavailable,
@@ -60,6 +61,7 @@ impl Code {
             Self::UrlNotAllowed => "URL_NOT_ALLOWED",
             Self::DownloadFailed => "DOWNLOAD_FAILED",
             Self::ModelNotFound => "MODEL_NOT_FOUND",
+            Self::ModelDownloadFailed => "MODEL_DOWNLOAD_FAILED",
             Self::ModelCorrupt => "MODEL_CORRUPT",
             Self::InsufficientDisk => "INSUFFICIENT_DISK",
             Self::GpuUnavailable => "GPU_UNAVAILABLE",
@@ -120,7 +122,8 @@ impl Code {
     fn is_retryable(self) -> bool {
         matches!(
             self,
-            Self::InsufficientDisk
+            Self::ModelDownloadFailed
+                | Self::InsufficientDisk
                 | Self::GpuUnavailable
                 | Self::GpuOutOfMemory
                 | Self::UploadFailed
@@ -155,7 +158,8 @@ impl From<ErrorKind> for Code {
             ErrorKind::DeviceUnavailable => Self::GpuUnavailable,
             ErrorKind::OutOfMemory => Self::GpuOutOfMemory,
             ErrorKind::Numeric => Self::NumericFailure,
-            ErrorKind::Inference => Self::Internal,
+            ErrorKind::InsufficientDisk => Self::InsufficientDisk,
+            ErrorKind::Inference | ErrorKind::Unwritable => Self::Internal,
             ErrorKind::Encode => Self::EncodeFailed,
             ErrorKind::Cancelled => Self::Cancelled,
         }
@@ -266,10 +270,10 @@ impl From<talkie::Error> for JobError {
     fn from(e: talkie::Error) -> Self {
         let mut error = Self::new(e.kind().into(), e.to_string());
         error.hint = e.hint().map(str::to_string);
-        match e.reason() {
-            Some(reason) => error.with_reason(reason),
-            None => error,
-        }
+        let finer = [("reason", e.reason()), ("received_format", e.received_format())];
+        let finer = finer.into_iter().filter_map(|(name, word)| Some((name.to_string(), word?.into())));
+        error.details.extend(finer);
+        error
     }
 }
 
@@ -355,7 +359,7 @@ pub struct Timings {
     pub total_ms: u64,
 }
 
-/// What a warm worker does not do again, in milliseconds.
+/// What a warm worker does not do again, times in milliseconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ColdStart {
@@ -363,8 +367,20 @@ pub struct ColdStart {
     pub boot_ms: u64,
     /// Downloading weights.
     pub fetch_ms: u64,
-    /// Reading weights.
+    /// From the first network's begin to the last one's end; voices, prompts and portrait are encoded meanwhile.
     pub load_ms: u64,
+    /// Of that, waiting for the file system.
+    pub read_ms: u64,
+    /// Of that, decoding, merging and rounding weights.
+    pub convert_ms: u64,
+    /// Of that, copying to the GPU.
+    pub to_device_ms: u64,
+    /// The first denoising step, which also compiles kernels.
+    pub first_step_ms: u64,
+    /// Bytes of weight files that were read.
+    pub bytes_read: u64,
+    /// How fast they were loaded, in 10⁹ bytes a second.
+    pub gb_per_s: f64,
 }
 
 /// The most memory that was in use, in bytes; absent where it cannot be measured.

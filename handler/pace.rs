@@ -2,15 +2,29 @@
 //! first step of the next job is measured.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::part_file::PartFile;
+use talkie::pipeline::Sampling;
+use talkie::request::GenerateRequest;
+
+use crate::generate::DeviceChoice;
+use crate::part_file;
+
+/// The file in the spool.
+pub const PACES: &str = "paces.json";
 
 /// How much a new measurement counts beside what was known.
 const WEIGHT: f64 = 0.3;
+
+/// What decides how long a window takes: the device, the size, the preset, and what overrides it.
+pub fn kind(device: DeviceChoice, model: &str, request: &GenerateRequest, sampling: &Sampling) -> String {
+    let on_gpu = device != DeviceChoice::Cpu && candle_core::utils::cuda_is_available();
+    let (device, preset) =
+        (if on_gpu { "cuda" } else { "cpu" }, request.preset.map_or("none", |preset| preset.as_str()));
+    let size = request.size.as_str();
+    format!("{device} {model} {size} {preset} {}x{}", sampling.num_steps, sampling.frames_per_window)
+}
 
 /// The times of past jobs, in a file of one line per kind of job.
 #[derive(Clone, Debug)]
@@ -35,13 +49,7 @@ impl Paces {
         let ms = per_window.as_secs_f64() * 1000.0;
         let ms = known.get(kind).map_or(ms, |before| before + WEIGHT * (ms - before));
         known.insert(kind.to_string(), ms);
-        let write = || {
-            let part = PartFile::create(&self.path)?;
-            let text = serde_json::to_vec_pretty(&known)?;
-            File::options().write(true).open(part.path())?.write_all(&text)?;
-            part.publish()
-        };
-        if let Err(e) = write() {
+        if let Err(e) = part_file::write_json(&self.path, &known) {
             tracing::debug!("{} cannot be written: {e}", self.path.display());
         }
     }

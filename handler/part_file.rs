@@ -1,9 +1,10 @@
 //! Files that appear under their name complete or not at all.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
 use tempfile::TempPath;
 
 /// A file in the making: a hidden neighbour of the final file, deleted when dropped.
@@ -42,6 +43,17 @@ impl PartFile {
         self.part.persist(&self.target).map_err(|e| e.error)?;
         File::open(folder_of(&self.target))?.sync_all()
     }
+}
+
+/// Puts `value` as JSON into the file at `path`.
+///
+/// # Errors
+/// As [`PartFile::create`] and [`PartFile::publish`].
+pub fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
+    let part = PartFile::create(path)?;
+    let text = serde_json::to_vec_pretty(value)?;
+    File::options().write(true).open(part.path())?.write_all(&text)?;
+    part.publish()
 }
 
 fn folder_of(path: &Path) -> &Path {

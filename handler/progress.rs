@@ -51,8 +51,8 @@ impl Stage {
         match self {
             Self::Queued | Self::Fetch => 0.0,
             Self::Validate => 1.0,
-            Self::Load => 2.0,
-            Self::Audio => 5.0,
+            Self::Load => LOAD_START,
+            Self::Audio => LOAD_END,
             Self::Denoise | Self::Decode => WINDOWS_START,
             Self::Upload => WINDOWS_END,
             Self::Done => 100.0,
@@ -72,6 +72,8 @@ impl From<pipeline::Stage> for Stage {
     }
 }
 
+const LOAD_START: f64 = 2.0;
+const LOAD_END: f64 = 7.0;
 const WINDOWS_START: f64 = 8.0;
 const WINDOWS_END: f64 = 99.0;
 /// How much of a window is denoising; the rest is decoding.
@@ -135,6 +137,12 @@ impl Meter {
     pub fn update(&mut self, progress: pipeline::Progress, now: Duration) -> Update {
         let mut update = self.stage(progress.stage.into());
         let pipeline::Progress { window, windows, step, steps, .. } = progress;
+        if let Some(loading) = progress.loading {
+            self.percent = self.percent.max(LOAD_START + share(&loading) * (LOAD_END - LOAD_START));
+            update.percent = self.percent as u8;
+            update.message = loading_words(&loading);
+            return update;
+        }
         if windows == 0 || !matches!(update.stage, Stage::Denoise | Stage::Decode) {
             return update;
         }
@@ -157,7 +165,7 @@ impl Meter {
     /// The windows that are left, at the pace of those that are done. In the first there are only its steps to go
     /// by, and while it is decoded nothing, since how long that takes differs from model to model.
     fn seconds_left(&mut self, progress: pipeline::Progress, now: Duration) -> Option<u64> {
-        let pipeline::Progress { stage, window, windows, step, steps } = progress;
+        let pipeline::Progress { stage, window, windows, step, steps, .. } = progress;
         let first_began = *self.first_began.get_or_insert(now);
         if self.current.0 != window || first_began == now {
             self.current = (window, now);
@@ -179,14 +187,30 @@ impl Meter {
     }
 }
 
+/// How much of the weights has been read, 0–1.
+fn share(loading: &pipeline::LoadProgress) -> f64 {
+    loading.bytes_read as f64 / loading.bytes_to_read.max(1) as f64
+}
+
+/// Which network is read, and how much of all of them has been.
+fn loading_words(loading: &pipeline::LoadProgress) -> String {
+    let network = loading.network.as_str().replace('_', " ");
+    let gb = |bytes| bytes as f64 / 1e9;
+    match loading.bytes_to_read {
+        0 => network,
+        all => format!("{network}, {:.1} of {:.1} GB read", gb(loading.bytes_read), gb(all)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use talkie::prepared::NetworkKind;
 
     use super::*;
 
     fn at(stage: pipeline::Stage, window: usize, step: usize) -> pipeline::Progress {
-        pipeline::Progress { stage, window, windows: 2, step, steps: 4 }
+        pipeline::Progress { window, windows: 2, step, steps: 4, ..pipeline::Progress::at(stage) }
     }
 
     #[test]
@@ -212,6 +236,25 @@ mod tests {
         assert!(seen.is_sorted(), "{seen:?}");
         assert_eq!((seen[0], seen[seen.len() - 1]), (0, 100));
         assert!(seen[seen.len() - 2] < 100, "{seen:?}");
+    }
+
+    #[test]
+    fn weights_are_counted_by_bytes_and_named_by_network() {
+        let mut meter = Meter::default();
+        let mut read = |network, bytes_read| {
+            let loading = pipeline::LoadProgress { network, bytes_read, bytes_to_read: 40_000_000_000 };
+            let progress = pipeline::Progress {
+                loading: Some(loading),
+                ..pipeline::Progress::at(pipeline::Stage::Load)
+            };
+            meter.update(progress, Duration::ZERO)
+        };
+        let first = read(NetworkKind::TextEncoder, 8_000_000_000);
+        assert_eq!((first.stage, first.percent), (Stage::Load, 3));
+        assert_eq!(first.message, "text encoder, 8.0 of 40.0 GB read");
+        assert_eq!(read(NetworkKind::Dit, 40_000_000_000).percent, 7);
+        assert_eq!(read(NetworkKind::Dit, 1).percent, 7);
+        assert_eq!(meter.update(at(pipeline::Stage::Denoise, 0, 0), Duration::ZERO).percent, 8);
     }
 
     #[test]

@@ -23,7 +23,12 @@ pub fn output() -> Value {
     let ms = |names: &[&str]| -> Map<String, Value> {
         names.iter().map(|name| (name.to_string(), count("milliseconds"))).collect()
     };
-    let cold_start = json!({"type": "object", "properties": ms(&["boot_ms", "fetch_ms", "load_ms"])});
+    let mut cold_start = ms(&["boot_ms", "fetch_ms", "load_ms", "read_ms", "convert_ms", "to_device_ms"]);
+    cold_start.append(&mut ms(&["first_step_ms"]));
+    cold_start.insert("bytes_read".to_string(), count("bytes of weight files that were read"));
+    let rate = json!({"type": "number", "minimum": 0, "description": "10^9 bytes of weights a second"});
+    cold_start.insert("gb_per_s".to_string(), rate);
+    let cold_start = json!({"type": "object", "properties": cold_start});
     let mut timings = ms(&["inputs_ms", "audio_ms", "encode_ms", "denoise_ms", "per_step_ms"]);
     timings.insert("cold_start".to_string(), cold_start);
     timings.append(&mut ms(&["decode_ms", "mux_ms", "upload_ms", "total_ms"]));

@@ -4,7 +4,9 @@ use candle_core::Device;
 use serde::{Serialize, Serializer, ser::SerializeMap};
 use talkie::media::image::{Size, frames_to_rgb};
 use talkie::models::{clip_vision, umt5, wan, wan_vae, wav2vec2};
-use talkie::pipeline::{Cancel, Conditioning, Control, Guidance, Networks, Sampling, generate_windows};
+use talkie::pipeline::{
+    Cancel, Conditioning, Control, Guidance, Networks, Reference, Sampling, generate_windows,
+};
 use talkie::registry::{Generation, ModelSpec};
 
 use super::{Result, Run, randn, token_ids, weights};
@@ -84,11 +86,9 @@ impl Video {
 
     pub(super) fn prepare(self, device: &Device) -> Result<Run> {
         let Self { model, generation, .. } = &self;
-        let networks = Networks {
-            dit: wan::Model::new(&model.dit.config, weights(device))?,
-            vae: wan_vae::Vae::new(&model.vae.config, weights(device))?,
-            clip: clip_vision::Model::new(&model.image_encoder.config, weights(device))?,
-        };
+        let dit = wan::Model::new(&model.dit.config, weights(device))?;
+        let vae = wan_vae::Vae::new(&model.vae.config, weights(device))?;
+        let clip = clip_vision::Model::new(&model.image_encoder.config, weights(device))?;
         let wav2vec2 = wav2vec2::Model::new(&model.audio_encoder.config, weights(device))?;
         let umt5 = umt5::Model::new(&model.text_encoder.config, weights(device))?;
         let speech = randn(self.samples, device)?.to_vec1::<f32>()?;
@@ -107,20 +107,24 @@ impl Video {
         let (frames, device) = (self.frames, device.clone());
         Ok(Box::new(move || {
             let context = umt5.encode(&ids)?;
+            let image_embeds = Reference::image_embeds(&clip, &portrait)?;
+            let window = sampling.frames_per_window;
+            let reference = Reference::encode(&vae, portrait.clone(), image_embeds, window)?;
             let conditioning = Conditioning {
-                reference: vec![portrait.clone()],
+                references: vec![(0, reference)],
                 audio_embeds: vec![wav2vec2.embed(&speech, frames)?],
                 negative_context: Some(context.clone()),
                 context,
                 masks: None,
             };
+            let networks = Networks { dit: &dit, vae: &vae };
             let mut control = Control { cancel: &Cancel::default(), progress: &mut |_| {} };
             let mut noise = |_, shape| randn(shape, &device);
             let mut sink = |video| {
                 frames_to_rgb(&video)?;
                 Ok(())
             };
-            generate_windows(&networks, &conditioning, &sampling, &mut noise, &mut control, &mut sink)?;
+            generate_windows(networks, &conditioning, &sampling, &mut noise, &mut control, &mut sink)?;
             Ok(())
         }))
     }

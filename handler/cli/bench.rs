@@ -1,11 +1,10 @@
 //! `handler bench`: how long each stage takes on this machine.
 
-use std::io::{self, Write};
-
 use clap::ValueEnum;
 use serde_json::{Value, json};
 use talkie::registry::Registry;
 
+use super::print_line;
 use crate::bench::{self, Stage};
 use crate::job::{Code, JobError};
 
@@ -47,20 +46,23 @@ pub(super) fn run(args: &Args) -> Result<(), JobError> {
     let stages = chosen(bench::stages(registry.model(&args.model)?)?, &args.stages)?;
     if args.describe {
         let stages: Vec<Value> = stages.iter().map(describe).collect();
-        return print(
+        return print_line(
             &json!({"threads": candle_core::utils::get_num_threads(), "stages": stages}).to_string(),
         );
     }
     let device = talkie::device::select(talkie::device::Preference::Auto)?;
     if !args.json {
-        print(&format!("{:<18} {:<32} {:>11} {:>11}  per second", "stage", "shape", "median ms", "best ms"))?;
+        print_line(&format!(
+            "{:<18} {:<32} {:>11} {:>11}  per second",
+            "stage", "shape", "median ms", "best ms"
+        ))?;
     }
     for stage in stages {
         let mut times = bench::measure(&mut stage.prepare(&device)?, args.runs as usize, &device)?;
         times.sort_by(f64::total_cmp);
         let (median, best) = (median(&times), times[0]);
         let (amount, unit) = stage.amount();
-        print(&match args.json {
+        print_line(&match args.json {
             true => json!({"stage": stage.name, "median_ms": median, "best_ms": best, "runs": args.runs})
                 .to_string(),
             false => {
@@ -97,11 +99,6 @@ fn describe(stage: &Stage) -> Value {
 fn median(sorted: &[f64]) -> f64 {
     let (low, high) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2]);
     (low + high) / 2.0
-}
-
-fn print(line: &str) -> Result<(), JobError> {
-    writeln!(io::stdout(), "{line}")
-        .map_err(|e| JobError::new(Code::Internal, format!("standard output cannot be written: {e}")))
 }
 
 #[cfg(test)]

@@ -76,7 +76,7 @@ impl Display {
 
 /// Where the job stands and how long it will take, as far as there is something to say.
 fn words(update: &Update) -> String {
-    let words = if update.window > 0 { update.message.as_str() } else { "" };
+    let words = if update.message == update.stage.as_str() { "" } else { update.message.as_str() };
     match update.eta_s {
         Some(s) => format!("{words}, {}:{:02} left", s / 60, s % 60),
         None => words.to_string(),

@@ -12,8 +12,8 @@ use crate::generate::DeviceChoice;
 use crate::inputs::read_file;
 use crate::job::{Code, JobError};
 
-const EXAMPLE_IMAGE: &[u8] = include_bytes!("../../examples/portrait.png");
-const EXAMPLE_AUDIO: &[u8] = include_bytes!("../../examples/voice.wav");
+pub(super) const EXAMPLE_IMAGE: &[u8] = include_bytes!("../../examples/portrait.png");
+pub(super) const EXAMPLE_AUDIO: &[u8] = include_bytes!("../../examples/voice.wav");
 
 /// Flags of `handler generate`. Values are text here: the request's own parser reads them, so that a flag and
 /// a field of the request file are checked alike.

@@ -1,4 +1,4 @@
-//! `handler gc`: deletes expired videos, and finishes uploads that failed.
+//! `handler gc`: deletes expired videos, finishes uploads that failed, and gives up what nobody came for.
 
 use std::path::PathBuf;
 
@@ -6,10 +6,11 @@ use reqwest::Url;
 use serde_json::{Value, json};
 
 use super::print_json;
+use crate::gateway;
 use crate::job::{Code, JobError};
 use crate::storage::embedded::{BUCKET, Embedded, Rules};
 use crate::storage::spool::default_spool;
-use crate::storage::{Extent, KeptVideo, Storage, StorageArgs, VideoSpool};
+use crate::storage::{Extent, KeptVideo, Storage, StorageArgs, VideoSpool, prune};
 
 /// How clients reach a gateway that was started without flags.
 const DEFAULT_PUBLIC_URL: &str = "http://127.0.0.1:8000";
@@ -50,6 +51,7 @@ async fn collect(args: &Args) -> Result<(), JobError> {
         return print_json(&json!({"expired": deleted}));
     }
     let mut report = json!({"deleted": deleted.len()});
+    let spool_retention = args.storage.lifetimes()?.spool;
     let mut first_error = None;
     if args.resume_uploads {
         let spool = VideoSpool::open(&store.spool)?;
@@ -66,8 +68,9 @@ async fn collect(args: &Args) -> Result<(), JobError> {
         }
         report["resumed"] = resumed.into();
         report["failed"] = failed.into();
-        report["abandoned"] = spool.remove_abandoned()?.into();
     }
+    // What could be uploaded is gone by now.
+    report["pruned"] = prune(&store.spool, spool_retention).into();
     print_json(&report)?;
     first_error.map_or(Ok(()), Err)
 }
@@ -106,7 +109,11 @@ impl Store {
         };
         let embedded = Embedded::open(&data_dir, Rules::default())?;
         let storage = embedded.serve_here(public_url, args.storage.lifetimes()?).await?;
-        Ok(Self { storage, spool: spool.unwrap_or_else(|| data_dir.join("spool")), embedded: true })
+        Ok(Self {
+            storage,
+            spool: spool.unwrap_or_else(|| gateway::config::spool(&data_dir)),
+            embedded: true,
+        })
     }
 
     /// Finishes the upload of `video`, and forgets it.

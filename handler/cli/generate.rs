@@ -4,39 +4,50 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use talkie::device;
-use talkie::pipeline::{Cancel, Inputs, Progress, Settings};
+use talkie::pipeline::{Cancel, Control, Inputs, Job, Progress, Settings};
 use talkie::request::{GenerateRequest, MediaSource, Medium, OutputOptions};
 
 use super::display::Display;
 use super::flags::Args;
+use super::install::install;
 use crate::config::Config;
-use crate::generate::{self, Generator, Job, Made, Model, file_url, ms, unwritable};
+use crate::generate::{self, Generator, Model, cold_start, file_url, ms, unwritable};
 use crate::inputs::Fetcher;
 use crate::interrupt::Interrupt;
-use crate::job::{Code, ColdStart, JobError, JobOutput};
+use crate::job::{Code, JobError, JobOutput};
 use crate::part_file::PartFile;
-use crate::progress::{Meter, Stage};
+use crate::progress::{Meter, Stage, Update};
 
 /// Makes the video and says what came of it. `started` is when the process began.
 pub fn run(args: &Args, config: &Config, started: Instant) -> Result<JobOutput, JobError> {
     let interrupt = Interrupt::listen(args.quiet)?;
-    let mut screen = Screen { display: Display::new(args.quiet), meter: Meter::default(), started };
+    let mut screen = Screen::new(args.quiet, started);
     let made = Generation { args, config, interrupt: &interrupt }.make(&mut screen);
     screen.display.close();
     made
 }
 
 /// The progress display and what it shows.
-struct Screen {
-    display: Display,
+pub(super) struct Screen {
+    pub(super) display: Display,
     meter: Meter,
     started: Instant,
 }
 
 impl Screen {
+    pub(super) fn new(quiet: bool, started: Instant) -> Self {
+        Self { display: Display::new(quiet), meter: Meter::default(), started }
+    }
+
     fn stage(&mut self, stage: Stage) {
         let update = self.meter.stage(stage);
         self.display.show(&update);
+    }
+
+    /// A model is fetched at the very beginning of a job's percents.
+    fn fetch(&mut self, update: Update) {
+        let percent = self.meter.stage(Stage::Fetch).percent;
+        self.display.show(&Update { percent, ..update });
     }
 
     fn progress(&mut self, progress: Progress) {
@@ -45,10 +56,10 @@ impl Screen {
     }
 }
 
-struct Generation<'a> {
-    args: &'a Args,
-    config: &'a Config,
-    interrupt: &'a Interrupt,
+pub(super) struct Generation<'a> {
+    pub(super) args: &'a Args,
+    pub(super) config: &'a Config,
+    pub(super) interrupt: &'a Interrupt,
 }
 
 impl Generation<'_> {
@@ -62,11 +73,10 @@ impl Generation<'_> {
             );
         }
         let speakers = if request.audio_2.is_some() { 2 } else { 1 };
-        let storage = &self.config.model_storage;
-        let model =
-            Model::choose(request.model.as_deref(), self.args.models_file.as_deref(), storage, speakers)?;
+        let hub = &self.config.hub;
+        let model = Model::choose(request.model.as_deref(), self.args.models_file.as_deref(), hub, speakers)?;
         if model.stands_in {
-            let said = model.stand_in_warning(storage);
+            let said = model.stand_in_warning(hub.storage());
             screen.display.note(&said);
             warnings.push(said);
         }
@@ -86,16 +96,16 @@ impl Generation<'_> {
         let inputs_time = inputs_began.elapsed();
         tracing::info!(?request, ms = ms(inputs_time), "the inputs are sound");
         self.interrupt.cancel().check()?;
-        let Made { video, load } = generate::contained(|| {
-            Generator::new(device::select(self.args.device.into())?).run(Job {
-                spec: &model.spec,
-                storage,
-                settings: &settings,
-                inputs,
-                output: video_file.path(),
-                cancel: self.interrupt.cancel(),
-                progress: &mut |progress| screen.progress(progress),
-            })
+        let files = generate::files_of(&model.spec, hub, speakers, &settings.loras)?;
+        let installed =
+            install(hub, &files, false, self.interrupt.cancel(), &mut |update| screen.fetch(update))?;
+        let video = generate::contained(|| {
+            let (spec, settings, output) = (&model.spec, &settings, video_file.path());
+            let job = Job { spec, storage: &installed.storage, settings, inputs, output };
+            let progress = &mut |progress| screen.progress(progress);
+            let control = Control { cancel: self.interrupt.cancel(), progress };
+            let device = device::select(self.args.device.into())?;
+            Generator::new(device, self.config.memory_limit).run(job, control)
         })?;
         self.interrupt.cancel().check()?;
         tracing::info!(
@@ -118,9 +128,9 @@ impl Generation<'_> {
         output.video_url = video_url;
         output.video_path = Some(video_path);
         output.model = model.spec.name;
+        output.timings.cold_start = cold_start(&video, boot, installed.duration);
+        warnings.extend(video.loading.into_iter().flat_map(|loading| loading.notes));
         output.warnings = warnings;
-        output.timings.cold_start =
-            ColdStart { boot_ms: ms(boot), fetch_ms: 0, load_ms: ms(load.unwrap_or_default()) };
         output.timings.inputs_ms = ms(inputs_time);
         output.timings.total_ms = ms(screen.started.elapsed());
         Ok(output)
@@ -151,7 +161,7 @@ impl Generation<'_> {
     }
 
     /// The opened image and voices, and what is to be said about them.
-    fn inputs(
+    pub(super) fn inputs(
         &self,
         request: &mut GenerateRequest,
         screen: &mut Screen,

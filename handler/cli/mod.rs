@@ -1,11 +1,17 @@
 //! The command line: verbs, exit codes, and errors as JSON on standard error.
 
 mod bench;
+mod deploy;
 mod display;
+mod doctor;
+mod estimate;
 mod flags;
 mod gc;
 mod generate;
+mod install;
 mod keys;
+mod prefetch;
+mod prepare;
 mod rp;
 mod serve;
 mod worker;
@@ -20,9 +26,12 @@ use clap::{CommandFactory, Parser, Subcommand};
 use serde::Serialize;
 use serde_json::json;
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::config::{Config, ConfigArgs};
 use crate::job::{Code, JobError};
+use crate::runpod::logs;
 use crate::schema;
 use rp::Mode;
 
@@ -48,14 +57,24 @@ struct Cli {
 enum Verb {
     /// Make one video from files or URLs
     Generate(Box<flags::Args>),
+    /// Say what a request will take, in time, memory and money, without making it
+    Estimate(Box<estimate::Args>),
+    /// Check this machine: GPU, memory, disks, models, bucket
+    Doctor(Box<doctor::Args>),
     /// Offer RunPod's endpoint API here, and start workers on demand
     Serve(Box<serve::Args>),
     /// Take jobs from RunPod, or from a gateway, and run them
     Worker(Box<worker::Args>),
+    /// Fetch a model's files, verified and resumable, before they are needed
+    Prefetch(Box<prefetch::Args>),
     /// Create, list and revoke the gateway's keys
     Keys(keys::Args),
     /// Delete expired videos, and finish interrupted uploads
     Gc(Box<gc::Args>),
+    /// Convert a model's weights once, so that each later cold start reads less
+    Prepare(Box<prepare::Args>),
+    /// Make or update the RunPod endpoint of runpod.toml
+    Deploy(Box<deploy::Args>),
     /// Time the stages of a generation on this machine, with random weights
     Bench(bench::Args),
     /// Print the JSON Schema of input and output
@@ -97,10 +116,15 @@ fn try_run(args: impl Iterator<Item = OsString>, started: Instant) -> Result<Exi
     }
     match cli.verb {
         Verb::Generate(args) => print_json(&generate::run(&args, &config, started)?)?,
+        Verb::Estimate(args) => print_json(&estimate::run(&args, &config)?)?,
+        Verb::Doctor(args) => return doctor::run(&args, &config),
         Verb::Serve(args) => serve::run(&args, &config)?,
         Verb::Worker(args) => worker::run(&args, &config, started)?,
+        Verb::Prefetch(args) => print_json(&prefetch::run(&args, &config)?)?,
+        Verb::Prepare(args) => print_json(&prepare::run(&args, &config)?)?,
         Verb::Keys(args) => print_json(&keys::run(&args)?)?,
         Verb::Gc(args) => gc::run(&args)?,
+        Verb::Deploy(args) => deploy::run(&args)?,
         Verb::Bench(args) => bench::run(&args)?,
         Verb::Schema => print_json(&json!({"input": schema::input(), "output": schema::output()}))?,
     }
@@ -132,18 +156,25 @@ fn start_logging(level: LevelFilter) {
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
         // Standard error may be closed, which is no reason to fail.
-        .log_internal_errors(false);
+        .log_internal_errors(false)
+        .finish()
+        .with(logs::targets(level));
     // A test that runs verbs in its own process has set one already.
     let _ = subscriber.try_init();
 }
 
 /// One line for programs, several for people.
 fn print_json(value: &impl Serialize) -> Result<(), JobError> {
-    let mut out = io::stdout().lock();
+    let out = io::stdout();
     let text =
         if out.is_terminal() { serde_json::to_string_pretty(value) } else { serde_json::to_string(value) };
     let text = text.map_err(|e| JobError::new(Code::Internal, format!("the output is not JSON: {e}")))?;
-    writeln!(out, "{text}")
+    print_line(&text)
+}
+
+fn print_line(line: &str) -> Result<(), JobError> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{line}")
         .and_then(|()| out.flush())
         .map_err(|e| JobError::new(Code::Internal, format!("standard output cannot be written: {e}")))
 }

@@ -8,8 +8,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::level_filters::LevelFilter;
 
 use crate::config::{Config, Setting};
+use crate::generate;
+use crate::hub::{Control, Meter};
 use crate::job::{Code, JobError};
-use crate::runner::{Runner, RunnerArgs};
+use crate::runner::{Runner, RunnerArgs, RunnerSettings};
 use crate::runpod::platform::{Endpoints, Platform};
 use crate::runpod::spool::Spool;
 use crate::runpod::worker::{Ending, Settings, Worker};
@@ -20,6 +22,8 @@ use crate::storage::StorageArgs;
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 /// A worker on another machine is dead when its spool has not changed for this long.
 const SPOOL_STALE: Duration = Duration::from_secs(120);
+/// Between two log lines about a download.
+const INSTALL_REPORT_INTERVAL: Duration = Duration::from_secs(10);
 /// The exit code after a second signal, less the signal's number.
 const EXIT_SIGNALLED: i32 = 128;
 
@@ -117,12 +121,13 @@ pub(super) fn run(args: &Args, config: &Config, started: Instant) -> Result<(), 
             platform.ping_unhealthy(unfit.check, &unfit.reason).await;
             let message =
                 format!("this worker is not fit for work, by its check `{}`: {}", unfit.check, unfit.reason);
-            return Err(JobError::new(Code::Internal, message).with_reason("UNFIT"));
+            return Err(JobError::new(unfit.code, message).with_reason("UNFIT"));
         }
         let spool = Spool::open(&jobs.spool, &endpoints.worker_id, SPOOL_STALE).map_err(|e| {
             let message = format!("{} cannot be written to: {e}", jobs.spool.display());
             JobError::new(Code::InsufficientDisk, message)
         })?;
+        install(&jobs, &shutdown).await;
         tracing::info!(worker = endpoints.worker_id, ms = started.elapsed().as_millis(), "ready");
         Ok(Worker::new(Runner::new(jobs)?, platform, spool, settings).run(shutdown).await)
     })?;
@@ -132,6 +137,35 @@ pub(super) fn run(args: &Args, config: &Config, started: Instant) -> Result<(), 
             Ok(())
         }
         Ending::Broken(code) => exit_now(i32::from(code)),
+    }
+}
+
+/// Fetches the files of the profile that is set before the first job is taken, as far as there is time for it. A job
+/// goes on from there, and is told what went wrong.
+async fn install(jobs: &RunnerSettings, shutdown: &CancellationToken) {
+    let hub = &jobs.config.hub;
+    let files = || -> Result<Vec<_>, JobError> {
+        let registry = generate::registry(jobs.models_file.as_deref())?;
+        let Some(name) = &jobs.model else { return Ok(Vec::new()) };
+        let spec = registry.model(name)?;
+        Ok(generate::files_of(spec, hub, 1, &spec.generation(None, None)?.loras)?)
+    };
+    let mut meter = Meter::default();
+    let mut told = Instant::now();
+    let mut report = |progress| {
+        let update = meter.update(progress, Instant::now());
+        if told.elapsed() >= INSTALL_REPORT_INTERVAL {
+            told = Instant::now();
+            tracing::info!(percent = update.percent, eta_s = update.eta_s, "{}", update.message);
+        }
+    };
+    let control = Control { deep: false, deadline: hub.ready_by(jobs.started), report: &mut report };
+    let installed = async { hub.ensure(&files()?, control).await };
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        installed = installed => if let Err(e) = installed {
+            tracing::error!("{e}; {}", e.hint.as_deref().unwrap_or("the first job tries again"));
+        }
     }
 }
 

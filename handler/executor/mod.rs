@@ -1,7 +1,7 @@
 //! The thread that computes: one job at a time, its model kept warm between jobs.
 //!
 //! ```text
-//!  generate(work) ──channel──► thread: Generator::run ──oneshot──► Made | JobError
+//!  generate(work) ──channel──► thread: Generator::run ──oneshot──► Video | JobError
 //!                                │ each progress
 //!                                ▼
 //!                              Watch ──► broken(): it hangs, obeys no cancel, or its device is gone
@@ -15,14 +15,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use talkie::device;
-use talkie::pipeline::{Cancel, Inputs, Progress, Settings, Stage};
-use talkie::registry::ModelSpec;
+use talkie::pipeline::{Cancel, Control, Inputs, Job, Progress, Settings, Stage, Video};
+use talkie::registry::{ModelSpec, ModelStorage};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 pub use watch::Patience;
 
 use crate::faults::kill_point;
-use crate::generate::{DEVICE_BROKEN, DeviceChoice, Generator, Job, Made, cancelled, contained};
+use crate::generate::{DEVICE_BROKEN, DeviceChoice, Generator, cancelled, contained};
 use crate::job::{Code, JobError};
 use watch::Watch;
 
@@ -37,8 +37,8 @@ const WATCH_EVERY: Duration = Duration::from_millis(100);
 pub struct Work {
     /// The model.
     pub spec: ModelSpec,
-    /// Folder of the weights.
-    pub storage: PathBuf,
+    /// Where the weights lie.
+    pub storage: ModelStorage,
     /// What is asked for.
     pub settings: Settings,
     /// The opened image and voices.
@@ -62,24 +62,28 @@ pub struct Executor {
 
 struct Command {
     work: Work,
-    answer: oneshot::Sender<Result<Made, JobError>>,
+    answer: oneshot::Sender<Result<Video, JobError>>,
     turn: OwnedSemaphorePermit,
     span: tracing::Span,
 }
 
 impl Executor {
-    /// Starts the thread.
+    /// Starts the thread. It uses no more than `memory_limit` bytes of the device.
     ///
     /// # Errors
     /// [`Code::Internal`] when the system allows no further thread.
-    pub fn start(device: DeviceChoice, patience: Patience) -> Result<Self, JobError> {
+    pub fn start(
+        device: DeviceChoice,
+        memory_limit: Option<u64>,
+        patience: Patience,
+    ) -> Result<Self, JobError> {
         let (commands, received) = mpsc::channel();
         let watch = Arc::new(Watch::new(patience));
         let watched = watch.clone();
         thread::Builder::new()
             .name("executor".to_string())
             .stack_size(STACK_BYTES)
-            .spawn(move || serve(&received, device, &watched))
+            .spawn(move || serve(&received, device, memory_limit, &watched))
             .map_err(|e| JobError::new(Code::Internal, format!("no thread can be started: {e}")))?;
         Ok(Self { commands, turn: Arc::new(Semaphore::new(1)), watch })
     }
@@ -89,7 +93,7 @@ impl Executor {
     /// # Errors
     /// Those of [`Generator::run`], a panic as [`Code::Internal`], and [`Code::WorkerLost`] where the thread or
     /// its device is broken.
-    pub async fn generate(&self, work: Work) -> Result<Made, JobError> {
+    pub async fn generate(&self, work: Work) -> Result<Video, JobError> {
         let cancel = work.cancel.clone();
         let turn = tokio::select! {
             turn = self.turn.clone().acquire_owned() => turn.map_err(|_| ended())?,
@@ -132,7 +136,7 @@ impl Executor {
 }
 
 /// The thread's whole life.
-fn serve(commands: &mpsc::Receiver<Command>, choice: DeviceChoice, watch: &Watch) {
+fn serve(commands: &mpsc::Receiver<Command>, choice: DeviceChoice, memory_limit: Option<u64>, watch: &Watch) {
     let mut generator = None;
     while let Ok(Command { work, answer, turn, span }) = commands.recv() {
         let result = span.in_scope(|| {
@@ -141,7 +145,7 @@ fn serve(commands: &mpsc::Receiver<Command>, choice: DeviceChoice, watch: &Watch
                 Some(generator) => generator,
                 none => {
                     let device = contained(|| device::select(choice.into()))?;
-                    none.insert(Generator::new(device))
+                    none.insert(Generator::new(device, memory_limit))
                 }
             };
             watch.begin(work.cancel.clone(), generator.is_on_gpu(), Instant::now());
@@ -160,7 +164,7 @@ fn serve(commands: &mpsc::Receiver<Command>, choice: DeviceChoice, watch: &Watch
     }
 }
 
-fn compute(generator: &mut Generator, mut work: Work, watch: &Watch) -> talkie::Result<Made> {
+fn compute(generator: &mut Generator, mut work: Work, watch: &Watch) -> talkie::Result<Video> {
     work.cancel.check()?;
     let mut progress = |progress: Progress| {
         watch.moved(progress, Instant::now());
@@ -170,17 +174,16 @@ fn compute(generator: &mut Generator, mut work: Work, watch: &Watch) -> talkie::
     #[cfg(feature = "faults")]
     if let Some(directive) = crate::faults::Directive::read(&work.settings.prompt) {
         let video = directive.obey(&work.settings, &work.output, &work.cancel, &mut progress);
-        return Ok(Made { video: video.map_err(crate::generate::classify)?, load: None });
+        return video.map_err(crate::generate::classify);
     }
-    generator.run(Job {
+    let job = Job {
         spec: &work.spec,
         storage: &work.storage,
         settings: &work.settings,
         inputs: work.inputs,
         output: &work.output,
-        cancel: &work.cancel,
-        progress: &mut progress,
-    })
+    };
+    generator.run(job, Control { cancel: &work.cancel, progress: &mut progress })
 }
 
 /// The points of a generation at which tests kill the process.

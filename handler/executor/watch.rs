@@ -154,7 +154,7 @@ mod tests {
         }
 
         fn step(&self, step: usize, s: u64) {
-            let progress = Progress { stage: Stage::Denoise, window: 0, windows: 1, step, steps: 40 };
+            let progress = Progress { windows: 1, step, steps: 40, ..Progress::at(Stage::Denoise) };
             self.watch.moved(progress, self.at(s));
         }
 

@@ -16,11 +16,11 @@ use super::config::ServeConfig;
 use super::error::ApiError;
 use super::store::{Accepted, Idempotency, NewJob, Queue};
 use crate::config::Config;
+use crate::disk::free_bytes;
 use crate::faults::kill_point;
 use crate::generate::{contained, open_image, open_voice, take_media};
 use crate::inputs::parse_url;
 use crate::job::{Code, JobError};
-use crate::runpod::fitness::free_bytes;
 
 /// Requests that are decoded at once. One may take half a gigabyte and seconds of a processor.
 const CHECKS_AT_ONCE: usize = 2;
@@ -196,7 +196,7 @@ impl Request {
         let value = read_json(body)?;
         let Value::Object(fields) = &value else {
             let message = format!("the request is {}, expected an object with `input`", kind_of(&value));
-            return Err(invalid(message));
+            return Err(invalid(message).with_reason("INVALID_JSON"));
         };
         let Some(input) = fields.get("input") else {
             return Err(JobError::new(Code::MissingField, "`input` is missing")
@@ -342,7 +342,7 @@ fn wrong(name: &str, value: &Value, expected: &str) -> JobError {
         Value::Number(number) => number.to_string(),
         other => kind_of(other).to_string(),
     };
-    invalid(format!("`{name}` is {shown}, expected {expected}"))
+    invalid(format!("`{name}` is {shown}, expected {expected}")).with_reason("INVALID_FIELD")
 }
 
 /// What `value` is, without saying what is in it.

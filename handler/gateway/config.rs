@@ -1,7 +1,7 @@
 //! Settings of the gateway.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::server;
@@ -36,6 +36,11 @@ pub struct ServeConfig {
     pub connections: server::Limits,
     /// The settings of every verb, among them the limits of media and URLs.
     pub service: Config,
+}
+
+/// The spool of the workers of a gateway that keeps everything in `data_dir`.
+pub fn spool(data_dir: &Path) -> PathBuf {
+    data_dir.join("spool")
 }
 
 /// A text that is never shown.

@@ -67,10 +67,11 @@ impl ApiError {
 impl From<JobError> for ApiError {
     fn from(error: JobError) -> Self {
         let passes = is_passing(&error);
-        let status = if passes {
-            Ok(StatusCode::SERVICE_UNAVAILABLE)
-        } else {
-            StatusCode::from_u16(error.code.http_status())
+        let status = match reason(&error) {
+            _ if passes => Ok(StatusCode::SERVICE_UNAVAILABLE),
+            // 413 is about bytes, and these are few.
+            Some("IMAGE_DIMENSIONS") => Ok(StatusCode::BAD_REQUEST),
+            _ => StatusCode::from_u16(error.code.http_status()),
         };
         let is_full = matches!(error.code, Code::QueueFull | Code::StoreFull | Code::RateLimited);
         Self {
@@ -83,8 +84,11 @@ impl From<JobError> for ApiError {
 
 /// Whether the store cannot be used for now: another process holds it, the disk fails, or the gateway is ending.
 fn is_passing(error: &JobError) -> bool {
-    let reason = error.details.get("reason").and_then(Value::as_str);
-    matches!(reason, Some("STORE_BUSY" | "STORE_IO" | "STORE_CLOSED"))
+    matches!(reason(error), Some("STORE_BUSY" | "STORE_IO" | "STORE_CLOSED"))
+}
+
+fn reason(error: &JobError) -> Option<&str> {
+    error.details.get("reason").and_then(Value::as_str)
 }
 
 impl IntoResponse for ApiError {

@@ -96,6 +96,12 @@ impl Metrics {
             ("unhealthy", workers.unhealthy),
         ];
         registry.register("workers", "Workers by what they do", levels(&states));
+        registry.register(
+            "worker_failures",
+            "Workers in a row that have ended without finishing a job; from the second on starts are delayed, and \
+             /readyz says why",
+            level(gateway.pool.failures().into()),
+        );
         let (waiting, _) = gateway.store.waiting(&Queue::Talkie);
         let wait = gateway.store.longest_wait(&Queue::Talkie)?.unwrap_or_default();
         let healthy = f64::from(u8::from(gateway.store.healthy()));

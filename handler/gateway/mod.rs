@@ -127,7 +127,7 @@ impl Running {
         let media = MediaFolder::open(&config.data_dir.join("media"))?;
         // Nothing is being accepted yet. A job that cannot be looked up may be there.
         media.remove_orphans(|job| !matches!(store.job(job), Ok(None)));
-        let (bell, data_dir) = (bells.pool, config.data_dir.clone());
+        let (bell, data_dir, spool) = (bells.pool, config.data_dir.clone(), config::spool(&config.data_dir));
         let world = World { store: store.clone(), hub: hub.clone(), bell, data_dir };
         let pool = Pool::start(world, launch, settings)?;
         let auth = Auth::new(&config, store.clone(), pool.clone())?;
@@ -136,7 +136,7 @@ impl Running {
         let mut tasks = JoinSet::new();
         tasks.spawn(sweeper::run(gateway.clone(), bells.sweeper));
         tasks.spawn(webhook::run(gateway.clone(), webhooks, bells.webhooks));
-        tasks.spawn(sweeper::sweep_bucket(storage));
+        tasks.spawn(sweeper::sweep_bucket(storage, spool));
         Ok(Self { gateway, tasks, embedded })
     }
 

@@ -153,7 +153,7 @@ const OPERATIONS: &[Operation] = &[
         ..get("/livez", "livez", "Whether the gateway runs")
     },
     Operation {
-        answer: (JSON, "Alive"),
+        answer: (JSON, "Ready"),
         place: Place::Site(false),
         ..get("/readyz", "readyz", "Whether jobs can be accepted; 503 with the reason where not")
     },
@@ -364,6 +364,8 @@ fn schemas(config: &ServeConfig) -> Value {
                      &["requests"]),
         "Workers": counts(&["readyWorkers", "workers"]),
         "Alive": of(json!({"status": text}), &["status"]),
+        "Ready": of(json!({"status": text, "trouble": {"type": "string", "description": "Why no worker starts"}}),
+                    &["status"]),
         "Document": {"type": "object"},
         "Text": text,
         "Error": of(json!({"error": error}), &["error"]),

@@ -1,5 +1,6 @@
 //! What happens with time: leases, timeouts, retention.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use tokio::time::Instant;
 
 use super::Gateway;
 use super::store::Swept;
-use crate::storage::{Extent, Storage};
+use crate::storage::{Extent, Storage, prune};
 
 /// How late a lease or a timeout may be noticed while a job waits or runs.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -56,9 +57,13 @@ fn act(gateway: &Gateway, swept: Swept) {
     }
 }
 
-/// Deletes expired videos, for as long as the gateway lives.
-pub async fn sweep_bucket(storage: Storage) {
+/// Deletes expired videos, and what nobody came for in the `spool` of the workers, for as long as the gateway lives.
+pub async fn sweep_bucket(storage: Storage, spool: PathBuf) {
+    let keep = storage.lifetimes().spool;
     loop {
+        let spool = spool.clone();
+        // What fails is tried again at the next look.
+        let _ = tokio::task::spawn_blocking(move || prune(&spool, keep)).await;
         if let Err(e) = storage.sweep(BUCKET_EXTENT).await {
             tracing::warn!("expired videos could not be deleted: {e}");
         }

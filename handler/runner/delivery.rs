@@ -17,13 +17,11 @@ use super::put::{self, Put};
 use crate::generate::{file_url, unwritable};
 use crate::job::{Code, JobError, JobOutput};
 use crate::part_file::PartFile;
+use crate::storage::spool::UNDELIVERED;
 use crate::storage::{KeptVideo, Publication, SpooledVideo, Storage};
 
 const HINT_NO_STORE: &str = "configure a bucket (R2_… or BUCKET_…), or send `s3Config` with the job, or ask for \
     `output.put_url` or `output.inline`";
-
-/// The folder, below the spool, of videos whose delivery nobody can resume but the one who asked for it.
-const UNDELIVERED: &str = "undelivered";
 
 /// Where a job's video goes.
 pub(super) struct Delivery {
@@ -205,18 +203,6 @@ fn undelivered(spool: &Path, video: &SpooledVideo, error: JobError) -> JobError 
         Err(e) => {
             tracing::error!("{} cannot be put aside: {e}", video.path().display());
             error
-        }
-    }
-}
-
-/// Removes videos that nobody has fetched for as long as videos are kept.
-pub(super) fn remove_undelivered(spool: &Path, retention: Duration) {
-    let Ok(entries) = fs::read_dir(spool.join(UNDELIVERED)) else { return };
-    for entry in entries.flatten() {
-        let age = entry.metadata().and_then(|m| m.modified()).ok().and_then(|at| at.elapsed().ok());
-        if age.is_some_and(|age| age > retention) {
-            // Another process may have been faster.
-            let _ = fs::remove_file(entry.path());
         }
     }
 }

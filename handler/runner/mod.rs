@@ -15,23 +15,22 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
-use talkie::pipeline::{self, Cancel, Inputs, Settings};
+use talkie::pipeline::{self, Cancel, Inputs, Settings, Video};
 use talkie::request::{Draft, GenerateRequest, MediaSource, Size};
 
 pub use settings::{RunnerArgs, RunnerSettings};
 
+use crate::cold_start::{COLD_START, LastColdStart};
 use crate::executor::{Executor, Work};
-use crate::generate::{self, DeviceChoice, Made, Model, cancelled, contained, ms};
+use crate::generate::{self, Model, cancelled, cold_start, contained, ms};
+use crate::hub::{self, Installed};
 use crate::inputs::Fetcher;
-use crate::job::{Code, ColdStart, JobError, JobOutput};
-use crate::pace::Paces;
+use crate::job::{Code, JobError, JobOutput};
+use crate::pace::{self, PACES, Paces};
 use crate::progress::{Meter, Stage, Update};
-use crate::storage::{SpooledVideo, VideoSpool};
+use crate::storage::{SpooledVideo, VideoSpool, prune};
 use delivery::{Delivery, Parcel};
 use put::Put;
-
-/// The file, in the spool, of how long windows take.
-const PACES: &str = "paces.json";
 
 /// A job to run.
 pub struct Task {
@@ -72,13 +71,10 @@ impl Runner {
     /// [`Code::InvalidInput`] when the spool cannot be written to.
     pub fn new(settings: RunnerSettings) -> Result<Self, JobError> {
         let spool = VideoSpool::open(&settings.spool)?;
-        if let Err(e) = spool.remove_abandoned() {
-            tracing::warn!("{e}");
-        }
-        delivery::remove_undelivered(&settings.spool, settings.lifetimes.retention);
+        prune(&settings.spool, settings.lifetimes.spool);
         Ok(Self {
             shared: Arc::new(Shared {
-                executor: Executor::start(settings.device, settings.patience)?,
+                executor: Executor::start(settings.device, settings.config.memory_limit, settings.patience)?,
                 spool,
                 fetcher: OnceLock::new(),
                 put: Put::new(settings.config.fetch_policy()),
@@ -139,6 +135,8 @@ struct Plan {
     /// Length and hash of each input, for the manifest.
     files: Map<String, Value>,
     inputs_time: Duration,
+    /// The model's files, and what they cost.
+    installed: Installed,
     downgrades: Vec<String>,
 }
 
@@ -154,6 +152,12 @@ struct Reporter {
 impl Reporter {
     fn stage(&self, stage: Stage) {
         (self.send)(self.meter.lock().unwrap_or_else(PoisonError::into_inner).stage(stage));
+    }
+
+    /// A model is fetched at the very beginning of a job's percents.
+    fn fetch(&self, update: Update) {
+        let percent = self.meter.lock().unwrap_or_else(PoisonError::into_inner).stage(Stage::Fetch).percent;
+        (self.send)(Update { percent, ..update });
     }
 
     fn progress(&self, progress: pipeline::Progress) {
@@ -228,10 +232,13 @@ impl Shared {
 
         reporter.stage(Stage::Upload);
         let mut output = describe(&plan, &made, &video).await?;
-        output.timings.cold_start =
-            ColdStart { boot_ms: ms(boot), fetch_ms: 0, load_ms: ms(made.load.unwrap_or_default()) };
+        output.timings.cold_start = cold_start(&made, boot, plan.installed.duration);
+        if made.loading.is_some() {
+            let cold = LastColdStart::new(&plan.order.model.spec.name, &output.timings.cold_start);
+            cold.record(&self.settings.spool.join(COLD_START));
+        }
         let uploading = Instant::now();
-        let parcel = Parcel { manifest: plan.manifest(id, &output), thumbnail: made.video.thumbnail, video };
+        let parcel = Parcel { manifest: plan.manifest(id, &output), thumbnail: made.thumbnail, video };
         let delivered = plan.order.delivery.deliver(parcel, &self.settings.spool, &self.put, &mut output);
         unless_cancelled(cancel, delivered).await?;
         Ok((output, uploading))
@@ -247,8 +254,8 @@ impl Shared {
         let speakers = if request.audio_2.is_some() { 2 } else { 1 };
         let name = request.model.as_deref().or(self.settings.model.as_deref());
         let models_file = self.settings.models_file.as_deref();
-        let model = Model::choose(name, models_file, &config.model_storage, speakers)?;
-        warnings.extend(model.stands_in.then(|| model.stand_in_warning(&config.model_storage)));
+        let model = Model::choose(name, models_file, &config.hub, speakers)?;
+        warnings.extend(model.stands_in.then(|| model.stand_in_warning(config.hub.storage())));
         let settings = Settings::resolve(&request, &model.spec)?;
         Ok(Order { digest, request, delivery, model, settings, warnings })
     }
@@ -271,8 +278,20 @@ impl Shared {
         })
         .await?;
         order.warnings.append(&mut heard);
-        let plan = Plan { order, files, inputs_time: fetching.elapsed(), downgrades: Vec::new() };
-        Ok((plan, inputs))
+        let inputs_time = fetching.elapsed();
+        let installed = self.install(&order, reporter).await?;
+        Ok((Plan { order, files, inputs_time, installed, downgrades: Vec::new() }, inputs))
+    }
+
+    /// The files of the model, which are fetched where they are missing.
+    async fn install(&self, order: &Order, reporter: &Reporter) -> Result<Installed, JobError> {
+        let speakers = if order.request.audio_2.is_some() { 2 } else { 1 };
+        let hub = &self.settings.config.hub;
+        let files = generate::files_of(&order.model.spec, hub, speakers, &order.settings.loras)?;
+        let mut meter = hub::Meter::default();
+        let mut report = |progress| reporter.fetch(meter.update(progress, Instant::now()));
+        let control = hub::Control { deep: false, deadline: None, report: &mut report };
+        hub.ensure(&files, control).await
     }
 
     /// The bytes of the image and of one or two voices, under their fields' names.
@@ -300,7 +319,7 @@ impl Shared {
         inputs: Inputs,
         video: &SpooledVideo,
         control: (&Cancel, &Arc<Reporter>),
-    ) -> Result<Made, JobError> {
+    ) -> Result<Video, JobError> {
         let may_shrink = plan.order.request.size == Size::P720 && !plan.order.request.strict;
         let again = may_shrink.then(|| copy(&inputs));
         let made = self.executor.generate(self.work(plan, inputs, video, control)).await;
@@ -329,7 +348,7 @@ impl Shared {
         let reporter = reporter.clone();
         Work {
             spec: plan.order.model.spec.clone(),
-            storage: self.settings.config.model_storage.clone(),
+            storage: plan.installed.storage.clone(),
             settings: plan.order.settings.clone(),
             inputs,
             output: video.path(),
@@ -340,21 +359,17 @@ impl Shared {
 }
 
 /// How long a window took. A stand-in has none.
-fn per_window(made: &Made, windows: usize) -> Option<Duration> {
-    let timings = &made.video.timings;
+fn per_window(made: &Video, windows: usize) -> Option<Duration> {
+    let timings = &made.timings;
     let all = timings.denoise + timings.decode + timings.mux;
     u32::try_from(windows).ok().and_then(|windows| all.checked_div(windows)).filter(|time| !time.is_zero())
 }
 
 impl Plan {
-    /// What decides how long a window takes: the device, the size, the preset, and what overrides it.
+    /// What decides how long a window takes.
     fn kind(&self, settings: &RunnerSettings) -> String {
         let Order { request, model, settings: Settings { sampling, .. }, .. } = &self.order;
-        let on_gpu = settings.device != DeviceChoice::Cpu && candle_core::utils::cuda_is_available();
-        let (device, preset) =
-            (if on_gpu { "cuda" } else { "cpu" }, request.preset.map_or("none", |preset| preset.as_str()));
-        let (size, name) = (request.size.as_str(), &model.spec.name);
-        format!("{device} {name} {size} {preset} {}x{}", sampling.num_steps, sampling.frames_per_window)
+        pace::kind(settings.device, &model.spec.name, request, sampling)
     }
 
     fn manifest(&self, job_id: &str, output: &JobOutput) -> Value {
@@ -371,14 +386,15 @@ impl Plan {
 }
 
 /// What is known of the video before it is delivered.
-async fn describe(plan: &Plan, made: &Made, video: &SpooledVideo) -> Result<JobOutput, JobError> {
-    let (request, path, made) = (plan.order.request.clone(), video.path(), made.video.clone());
+async fn describe(plan: &Plan, made: &Video, video: &SpooledVideo) -> Result<JobOutput, JobError> {
+    let (request, path, video) = (plan.order.request.clone(), video.path(), made.clone());
     // Reading it back takes a while, where it is long.
-    let described = tokio::task::spawn_blocking(move || generate::describe(&request, &path, &made)).await;
+    let described = tokio::task::spawn_blocking(move || generate::describe(&request, &path, &video)).await;
     let mut output = described.map_err(|e| ended_early(&e))??;
     output.model = plan.order.model.spec.name.clone();
     output.downgrades = plan.downgrades.clone();
     output.warnings = plan.order.warnings.clone();
+    output.warnings.extend(made.loading.iter().flat_map(|loading| loading.notes.iter().cloned()));
     output.timings.inputs_ms = ms(plan.inputs_time);
     Ok(output)
 }

@@ -1,20 +1,22 @@
 //! What is checked before the first job is taken: a worker that cannot finish one must not take it.
 
-use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use talkie::device;
 
+use crate::disk::free_bytes;
 use crate::generate::DeviceChoice;
+use crate::job::Code;
 
 /// A check that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unfit {
     /// Which one.
     pub check: &'static str,
+    /// What it means for those who start the worker.
+    pub code: Code,
     /// What was found and what was expected.
     pub reason: String,
 }
@@ -24,43 +26,42 @@ pub struct Unfit {
 /// # Errors
 /// The first check that fails.
 pub fn check(spool: &Path, min_free_bytes: u64, device: DeviceChoice) -> Result<(), Unfit> {
-    let unfit = |check, reason| Err(Unfit { check, reason });
+    let unfit = |check, code, reason| Err(Unfit { check, code, reason });
     if let Err(e) = try_to_write(spool) {
-        return unfit("spool", format!("{} cannot be written to: {e}", spool.display()));
+        return unfit(
+            "spool",
+            Code::InsufficientDisk,
+            format!("{} cannot be written to: {e}", spool.display()),
+        );
     }
     match free_bytes(spool) {
         Ok(free) if free < min_free_bytes => {
             let reason =
                 format!("{} has {free} bytes free, expected at least {min_free_bytes}", spool.display());
-            return unfit("disk", reason);
+            return unfit("disk", Code::InsufficientDisk, reason);
         }
         Ok(_) => {}
-        Err(e) => return unfit("disk", format!("the free space of {} is unknown: {e}", spool.display())),
+        Err(e) => {
+            let reason = format!("the free space of {} is unknown: {e}", spool.display());
+            return unfit("disk", Code::InsufficientDisk, reason);
+        }
     }
     // Where the choice is free there is always a device; asking for it would cost the time to open it.
     if device == DeviceChoice::Cuda
         && let Err(e) = device::select(device.into())
     {
-        return unfit("device", e.to_string());
+        return unfit("device", Code::GpuUnavailable, e.to_string());
     }
     Ok(())
 }
 
-fn try_to_write(folder: &Path) -> io::Result<()> {
+/// Whether `folder` can be made, and files in it.
+///
+/// # Errors
+/// What stands in the way.
+pub fn try_to_write(folder: &Path) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     tempfile::tempfile_in(folder)?.set_len(1)
-}
-
-/// Bytes that this user may still write below `folder`.
-pub fn free_bytes(folder: &Path) -> io::Result<u64> {
-    let path = CString::new(folder.as_os_str().as_bytes())?;
-    // SAFETY: all-zero is a value of this struct of integers.
-    let mut stats: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the path ends with a zero byte and both pointers live until the call returns.
-    if unsafe { libc::statvfs(path.as_ptr(), &mut stats) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(stats.f_bavail.saturating_mul(stats.f_frsize))
 }
 
 #[cfg(test)]

@@ -52,7 +52,9 @@ pub fn level(env: impl Fn(&str) -> Option<String>) -> Result<Option<LevelFilter>
 /// left out unless they warn.
 pub fn targets(level: LevelFilter) -> Targets {
     let libraries = level.min(LevelFilter::WARN);
-    Targets::new().with_default(libraries).with_target("handler", level).with_target("talkie", level)
+    let targets = Targets::new().with_default(libraries).with_target("handler", level);
+    // It calls each attempt that fails an error; whether it is one is decided where it is repeated.
+    targets.with_target("talkie", level).with_target("hf_hub", LevelFilter::OFF)
 }
 
 /// Logs for RunPod from now on. Its first line is the one that RunPod's own worker begins with.

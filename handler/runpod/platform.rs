@@ -307,7 +307,7 @@ fn no_reply(error: reqwest::Error) -> NoReply {
 }
 
 /// Seconds, or a date.
-fn retry_after(text: &str) -> Option<Duration> {
+pub(crate) fn retry_after(text: &str) -> Option<Duration> {
     let wait = match text.trim().parse() {
         Ok(seconds) => Duration::from_secs(seconds),
         Err(_) => {

@@ -3,7 +3,7 @@
 //! `<root>/results/<worker>-<random>/` belongs to one process, for as long as it lives: nobody else touches it.
 //! `owner.json` in it says who that is, and its time of change that it still lives. What a dead process left is
 //! taken over by the next one, by renaming its folder, which only one can do. `<root>/rejected/` holds results
-//! that the platform does not want.
+//! that the platform does not want, for as long as anything undelivered is kept.
 
 use std::fs;
 use std::io;
@@ -14,7 +14,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
+use crate::owner::Owner;
 use crate::part_file::PartFile;
+use crate::storage::spool::REJECTED;
 
 const OWNER: &str = "owner.json";
 /// Characters of a worker's id in the name of its folder.
@@ -69,7 +71,7 @@ impl Spool {
         let name: String = worker_id.chars().map(plain).take(MAX_NAME_CHARS).collect();
         let results = root.join("results");
         let own = results.join(format!("{name}-{:08x}", rand::random::<u32>()));
-        let spool = Self { results, rejected: root.join("rejected"), own, stale_after };
+        let spool = Self { results, rejected: root.join(REJECTED), own, stale_after };
         fs::create_dir_all(&spool.rejected)?;
         spool.own_folder()?;
         Ok(spool)
@@ -134,6 +136,8 @@ impl Spool {
     /// When it cannot be moved; it is sent again by the next start then.
     pub fn reject(&self, job: &str) -> io::Result<PathBuf> {
         let to = self.rejected.join(file_name(job));
+        // It is kept there for a while from now on, however long it was sent.
+        fs::File::options().write(true).open(self.file(job))?.set_modified(SystemTime::now())?;
         fs::rename(self.file(job), &to)?;
         fs::File::open(&self.rejected)?.sync_all()?;
         Ok(to)
@@ -149,7 +153,7 @@ impl Spool {
         let mut records = Vec::new();
         for entry in fs::read_dir(&self.results)? {
             let folder = entry?.path();
-            if folder == self.own || !folder.is_dir() || Owner::lives(&folder, now, self.stale_after) {
+            if folder == self.own || !folder.is_dir() || lives(&folder, now, self.stale_after) {
                 continue;
             }
             let Some(name) = folder.file_name() else { continue };
@@ -209,51 +213,16 @@ fn file_name(job: &str) -> String {
     format!("{}.json", &hex::encode(Sha256::digest(job))[..32])
 }
 
-/// The process that a folder belongs to.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Owner {
-    pid: u32,
-    /// When it started, so that a later process of the same number is not taken for it.
-    started: String,
-    /// Where its number means something: this boot of the machine, in this container.
-    host: String,
-}
-
-impl Owner {
-    fn this_process() -> io::Result<Self> {
-        let pid = std::process::id();
-        let started = started(pid).ok_or_else(|| io::Error::other("/proc/self/stat cannot be read"))?;
-        Ok(Self { pid, started, host: host()? })
+/// Whether the owner of `folder` lives, as far as can be told; `now` is by the volume's clock.
+fn lives(folder: &Path, now: SystemTime, stale_after: Duration) -> bool {
+    let file = folder.join(OWNER);
+    let owner = fs::read(&file).ok().and_then(|text| serde_json::from_slice::<Owner>(&text).ok());
+    if let Some(lives) = owner.and_then(|owner| owner.lives()) {
+        return lives;
     }
-
-    /// Whether the owner of `folder` lives, as far as can be told; `now` is by the volume's clock.
-    fn lives(folder: &Path, now: SystemTime, stale_after: Duration) -> bool {
-        let file = folder.join(OWNER);
-        let owner = fs::read(&file).ok().and_then(|text| serde_json::from_slice::<Self>(&text).ok());
-        if let (Some(owner), Ok(here)) = (&owner, host())
-            && owner.host == here
-        {
-            return started(owner.pid).is_some_and(|started| started == owner.started);
-        }
-        // The file is missing while its process is being born, or has just been taken over.
-        let changed = fs::metadata(&file).or_else(|_| fs::metadata(folder)).and_then(|m| m.modified());
-        changed.is_ok_and(|at| now.duration_since(at).unwrap_or_default() < stale_after)
-    }
-}
-
-/// When process `pid` started, in ticks since the boot; `None` where there is no such process.
-fn started(pid: u32) -> Option<String> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name of the program, in parentheses, may hold anything; state and start are fields 3 and 22.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    let state = fields.next()?;
-    (state != "Z" && state != "X").then(|| fields.nth(18).map(str::to_string))?
-}
-
-fn host() -> io::Result<String> {
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-    let container = fs::read_link("/proc/self/ns/pid")?;
-    Ok(format!("{} {}", boot.trim(), container.display()))
+    // The file is missing while its process is being born, or has just been taken over.
+    let changed = fs::metadata(&file).or_else(|_| fs::metadata(folder)).and_then(|m| m.modified());
+    changed.is_ok_and(|at| now.duration_since(at).unwrap_or_default() < stale_after)
 }
 
 #[cfg(test)]
@@ -302,7 +271,7 @@ mod tests {
     #[test]
     fn a_process_that_ended_is_dead_at_once() {
         let mut child = Command::new("sleep").arg("100").stdin(Stdio::null()).spawn().unwrap();
-        let owner = Owner { pid: child.id(), started: started(child.id()).unwrap(), host: host().unwrap() };
+        let owner = Owner::process(child.id()).unwrap();
         let root = tempfile::tempdir().unwrap();
         let [theirs, ours] = [(); 2].map(|()| Spool::open(root.path(), "w", STALE).unwrap());
         theirs.keep(&record("a")).unwrap();

@@ -9,6 +9,7 @@
 //! | [`upload`] | one request or equal parts |
 //! | [`sweep`] | deletes what has expired |
 //! | [`spool`] | videos on disk until their upload is confirmed |
+//! | [`prune`] | an end for those whose upload never is |
 //! | [`embedded`] | an S3 store over a folder |
 //!
 //! A job's video is written into the [`VideoSpool`], kept there by [`Storage::keep`], uploaded by
@@ -17,6 +18,7 @@
 mod client;
 pub mod embedded;
 pub mod key;
+mod prune;
 pub mod settings;
 pub mod spool;
 pub mod sweep;
@@ -40,6 +42,7 @@ use crate::faults::kill_point;
 use crate::job::{Code, JobError};
 
 pub use self::client::Tuning;
+pub use self::prune::prune;
 pub use self::settings::{Lifetimes, StorageArgs, StorageSettings};
 pub use self::spool::{KeptVideo, Place, Publication, SpooledVideo, VideoSpool};
 pub use self::sweep::Extent;
@@ -102,6 +105,11 @@ impl Storage {
         let tuning = Tuning::default();
         let clients = Clients::new(&settings, &tuning, !allow_private);
         Ok(Self { settings: Arc::new(settings), tuning: Arc::new(tuning), clients })
+    }
+
+    /// How long things last.
+    pub fn lifetimes(&self) -> Lifetimes {
+        self.settings.lifetimes
     }
 
     /// Whether the bucket answers to our keys.
@@ -199,7 +207,7 @@ impl Storage {
 
     /// How long links are meant to last: as the request says, and no longer than the settings say.
     fn link_life(&self, place: &Place) -> u64 {
-        let Lifetimes { retention, presign } = self.settings.lifetimes;
+        let Lifetimes { retention, presign, .. } = self.settings.lifetimes;
         let most = retention.min(presign).as_secs();
         place.expires_seconds.map_or(most, |wanted| wanted.min(most))
     }

@@ -82,9 +82,13 @@ pub struct StorageArgs {
     /// Seconds that links last at most [default: 21600]
     #[arg(long, env = "PRESIGN_EXPIRES_SECONDS", value_name = "SECONDS")]
     pub presign_expires_seconds: Option<String>,
+    /// Hours after which videos and results that could not be delivered are deleted from the spool [default: 168]
+    #[arg(long, env = "SPOOL_RETENTION_HOURS", value_name = "HOURS")]
+    pub spool_retention_hours: Option<String>,
 }
 
-fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
+/// For a flag that holds a secret.
+pub(crate) fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
     Ok(Secret::new(text.to_string()))
 }
 
@@ -95,11 +99,15 @@ pub struct Lifetimes {
     pub retention: Duration,
     /// The longest that a link lasts; a link never outlives its object.
     pub presign: Duration,
+    /// After this what could not be delivered is deleted from the spool. A result is sent again for a day, so that a
+    /// week leaves time to see to the rest by hand.
+    pub spool: Duration,
 }
 
 impl Default for Lifetimes {
     fn default() -> Self {
-        Self { retention: Duration::from_secs(6 * 3600), presign: Duration::from_secs(21_600) }
+        let hours = |n: u64| Duration::from_secs(n * 3600);
+        Self { retention: hours(6), presign: hours(6), spool: hours(7 * 24) }
     }
 }
 
@@ -175,19 +183,25 @@ impl StorageArgs {
     /// [`Code::InvalidInput`] naming variable, value and expectation.
     pub fn lifetimes(&self) -> Result<Lifetimes, JobError> {
         let default = Lifetimes::default();
-        let hours = Setting::new("VIDEO_RETENTION_HOURS", &self.video_retention_hours).parse(
-            "hours, more than 0 and at most 8760",
-            default.retention.as_secs_f64() / 3600.0,
-            |hours: &f64| *hours > 0.0 && *hours <= 8760.0,
-        )?;
+        // Links are in whole seconds, and must not be cut to none.
+        let hours = |name, value, default: Duration| {
+            let hours = Setting::new(name, value).parse(
+                "hours, more than 0 and at most 8760",
+                default.as_secs_f64() / 3600.0,
+                |hours: &f64| *hours > 0.0 && *hours <= 8760.0,
+            )?;
+            Ok::<_, JobError>(Duration::from_secs(((hours * 3600.0) as u64).max(1)))
+        };
         let seconds = Setting::new("PRESIGN_EXPIRES_SECONDS", &self.presign_expires_seconds).parse(
             "whole seconds from 60 to 604800",
             default.presign.as_secs(),
             |seconds| (LEAST_PRESIGN_SECONDS..=MAX_PRESIGN_SECONDS).contains(seconds),
         )?;
-        // Links are in whole seconds, and must not be cut to none.
-        let retention = Duration::from_secs(((hours * 3600.0) as u64).max(1));
-        Ok(Lifetimes { retention, presign: Duration::from_secs(seconds) })
+        Ok(Lifetimes {
+            retention: hours("VIDEO_RETENTION_HOURS", &self.video_retention_hours, default.retention)?,
+            presign: Duration::from_secs(seconds),
+            spool: hours("SPOOL_RETENTION_HOURS", &self.spool_retention_hours, default.spool)?,
+        })
     }
 
     fn r2(&self) -> Result<Place<'_>, JobError> {
@@ -289,6 +303,7 @@ impl StorageSettings {
     /// The variables by which a worker process comes to the same settings.
     pub fn to_env(&self) -> Vec<(&'static str, Secret)> {
         let public = |text: &str| Secret::new(text.to_string());
+        let hours = |time: Duration| public(&(time.as_secs_f64() / 3600.0).to_string());
         let mut variables = vec![
             ("BUCKET_ENDPOINT_URL", public(self.endpoint.as_str())),
             ("BUCKET_NAME", public(&self.bucket)),
@@ -296,7 +311,8 @@ impl StorageSettings {
             ("BUCKET_ACCESS_KEY_ID", public(&self.credentials.access_key_id)),
             ("BUCKET_SECRET_ACCESS_KEY", self.credentials.secret_access_key.clone()),
             ("BUCKET_PUBLIC_URL", public(self.public_url.as_str())),
-            ("VIDEO_RETENTION_HOURS", public(&(self.lifetimes.retention.as_secs_f64() / 3600.0).to_string())),
+            ("VIDEO_RETENTION_HOURS", hours(self.lifetimes.retention)),
+            ("SPOOL_RETENTION_HOURS", hours(self.lifetimes.spool)),
             ("PRESIGN_EXPIRES_SECONDS", public(&self.lifetimes.presign.as_secs().to_string())),
         ];
         variables.extend(self.credentials.session_token.clone().map(|token| ("BUCKET_SESSION_TOKEN", token)));

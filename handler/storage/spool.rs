@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -16,12 +16,17 @@ use crate::faults::kill_point;
 use crate::job::{Code, JobError};
 use crate::part_file::PartFile;
 
+/// Below a spool: finished videos whose upload is not confirmed, and those that are being made.
+pub const VIDEOS: &str = "videos";
+/// Below a spool: videos whose delivery nobody can resume but the one who asked for it.
+pub const UNDELIVERED: &str = "undelivered";
+/// Below a spool: results that the platform does not want.
+pub const REJECTED: &str = "rejected";
+
 const VIDEO: &str = "video.mp4";
 const THUMBNAIL: &str = "thumbnail.jpg";
 const MANIFEST: &str = "manifest.json";
 const PUBLICATION: &str = "publication.json";
-/// No job takes as long as this; a folder without a finished video is then a leftover.
-const ABANDONED_AFTER: Duration = Duration::from_secs(2 * 86_400);
 /// Most file systems take names of 255 bytes.
 const MAX_NAME_LEN: usize = 200;
 
@@ -69,7 +74,7 @@ impl VideoSpool {
     /// # Errors
     /// [`Code::InvalidInput`] when it cannot be made or written to, naming the path.
     pub fn open(spool: &Path) -> Result<Self, JobError> {
-        let dir = spool.join("videos");
+        let dir = spool.join(VIDEOS);
         let writable = || {
             fs::create_dir_all(&dir)?;
             tempfile::tempfile_in(&dir).map(drop)
@@ -108,24 +113,6 @@ impl VideoSpool {
     /// [`Code::Internal`] when the folder cannot be read.
     pub fn all_kept(&self) -> Result<Vec<KeptVideo>, JobError> {
         Ok(self.folders()?.iter().filter_map(|dir| KeptVideo::read(dir)).collect())
-    }
-
-    /// Removes what jobs have left that were cut off long ago.
-    ///
-    /// # Errors
-    /// [`Code::Internal`] when the folder cannot be read.
-    pub fn remove_abandoned(&self) -> Result<usize, JobError> {
-        let old = |dir: &Path| {
-            let newest = [dir.to_path_buf(), dir.join(VIDEO)]
-                .iter()
-                .filter_map(|p| p.metadata().ok()?.modified().ok())
-                .max();
-            newest
-                .is_some_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age > ABANDONED_AFTER))
-        };
-        let folders = self.folders()?;
-        let abandoned = folders.iter().filter(|dir| !dir.join(PUBLICATION).exists() && old(dir));
-        Ok(abandoned.filter(|dir| fs::remove_dir_all(dir).is_ok()).count())
     }
 
     fn folders(&self) -> Result<Vec<PathBuf>, JobError> {
@@ -394,30 +381,12 @@ mod tests {
     }
 
     #[test]
-    fn only_old_leftovers_are_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let spool = VideoSpool::open(dir.path()).unwrap();
-        let kept = keep(&spool, "kept");
-        let new = spool.job("new").unwrap();
-        let old = spool.job("old").unwrap();
-        std::fs::write(old.path(), "half").unwrap();
-        let long_ago = SystemTime::now() - 2 * ABANDONED_AFTER;
-        for path in [old.path(), old.dir.clone(), kept.video(), kept.dir().to_path_buf()] {
-            File::open(path).unwrap().set_modified(long_ago).unwrap();
-        }
-        assert_eq!(spool.remove_abandoned().unwrap(), 1);
-        assert!(kept.video().is_file() && new.dir.is_dir() && !old.dir.exists());
-        std::mem::forget(old);
-    }
-
-    #[test]
     fn a_record_that_cannot_be_read_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let spool = VideoSpool::open(dir.path()).unwrap();
         let kept = keep(&spool, "job");
         std::fs::write(kept.dir().join(PUBLICATION), "{").unwrap();
         assert!(spool.kept("job").is_none() && spool.all_kept().unwrap().is_empty());
-        assert_eq!(spool.remove_abandoned().unwrap(), 0);
         assert!(kept.video().is_file());
     }
 

@@ -199,7 +199,11 @@ fn a_function_makes_videos_and_keeps_its_model() {
     assert!(cold["load_ms"].as_u64() > Some(0), "{cold}");
     // The event as a whole is an input too.
     let second = function.invoke(&inline(json!({"seed": 7}))).unwrap();
-    assert_eq!(second["timings"]["cold_start"], json!({"boot_ms": 0, "fetch_ms": 0, "load_ms": 0}));
+    let warm = second["timings"]["cold_start"].as_object().unwrap();
+    assert!(
+        warm.contains_key("bytes_read") && warm.values().all(|value| value.as_f64() == Some(0.0)),
+        "{warm:?}"
+    );
     assert_eq!(second["sha256"], first["sha256"]);
     assert_eq!(function.spooled("videos"), 0, "nothing is left in the spool");
 }

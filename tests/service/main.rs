@@ -3,15 +3,19 @@
 
 mod clients;
 mod crash;
+mod deploy;
 mod gateway;
 mod generate;
+mod hub;
 mod inputs;
 mod interrupt;
 mod lambda;
 mod matrix;
 mod media;
 mod memory;
+mod planning;
 mod pool;
+mod prepare;
 mod rp;
 mod runner;
 mod secrets;

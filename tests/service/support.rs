@@ -19,6 +19,11 @@ pub fn handler() -> Command {
     command
 }
 
+/// Whether the loops run in full, as in `scripts/crash-suite.sh`.
+pub fn is_long() -> bool {
+    std::env::var_os("TALKIE_LONG").is_some_and(|set| set == "1")
+}
+
 /// The settings of the quickest video: the model `tiny`, one step, windows of 17 frames.
 pub fn tiny_args() -> [&'static str; 8] {
     ["--model", "tiny", "--steps", "1", "--frames-per-window", "17", "--motion-frames", "5"]

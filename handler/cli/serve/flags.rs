@@ -10,7 +10,7 @@ use clap::ValueEnum;
 use reqwest::Url;
 
 use crate::config::{Config, Setting};
-use crate::gateway::config::{Secret, ServeConfig};
+use crate::gateway::config::{Secret, ServeConfig, spool};
 use crate::gateway::pool::{self, Launch};
 use crate::gateway::{Setup, server, store, webhook};
 use crate::generate::DeviceChoice;
@@ -267,13 +267,16 @@ impl Args {
     ) -> Vec<(OsString, OsString)> {
         let mut env: Vec<(OsString, OsString)> = Vec::new();
         let mut set = |name: &str, value: OsString| env.push((name.into(), value));
-        set("SPOOL_PATH", data_dir.join("spool").into());
-        set("MODEL_STORAGE_PATH", config.model_storage.clone().into());
+        set("SPOOL_PATH", spool(data_dir).into());
+        set("MODEL_STORAGE_PATH", config.hub.storage().root().into());
         set("MAX_AUDIO_SECONDS", config.max_audio_seconds.unwrap_or(0).to_string().into());
         set("MAX_IMAGE_BYTES", config.limits.image_bytes.to_string().into());
         set("MAX_AUDIO_BYTES", config.limits.audio_bytes.to_string().into());
         set("ALLOW_PRIVATE_URLS", config.allow_private_urls.to_string().into());
         set("LOG_LEVEL", config.log_level.to_string().to_lowercase().into());
+        if let Some(limit) = config.memory_limit {
+            set("TALKIE_MEMORY_LIMIT", limit.to_string().into());
+        }
         if let Some(device) = self.device.to_possible_value() {
             set("TALKIE_DEVICE", device.get_name().into());
         }

@@ -3,8 +3,9 @@
 const $ = (id) => document.getElementById(id);
 const element = (tag, properties) => Object.assign(document.createElement(tag), properties);
 const MB = 1e6;
-// The gateway's defaults.
-const LIMITS = { image: 10 * MB, audio: 50 * MB, request: 10 * 2 ** 20 };
+// What the gateway takes, in bytes.
+const { imageBytes, audioBytes, requestBytes } = document.body.dataset;
+const LIMITS = { image: Number(imageBytes), audio: Number(audioBytes), request: Number(requestBytes) };
 const FINAL = ['COMPLETED', 'FAILED', 'CANCELLED', 'TIMED_OUT'];
 const STATES = {
   IN_QUEUE: 'Waiting', IN_PROGRESS: 'Being made', COMPLETED: 'Ready',
@@ -139,6 +140,8 @@ for (const drop of document.querySelectorAll('.drop')) {
 for (const name of ['dragover', 'drop']) addEventListener(name, (event) => event.preventDefault());
 
 const size = (bytes) => (bytes < MB ? `${Math.ceil(bytes / 1000)} kB` : `${(bytes / MB).toFixed(1)} MB`);
+
+for (const kind of ['image', 'audio']) $(`${kind}-note`).append(`, up to ${size(LIMITS[kind])}`);
 
 function sizeError() {
   const { image, audio } = files;

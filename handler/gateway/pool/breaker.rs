@@ -44,6 +44,11 @@ impl Breaker {
         self.closed_until.filter(|until| *until > now)
     }
 
+    /// How many workers in a row have ended without having done anything.
+    pub(super) fn failures(&self) -> u32 {
+        self.failures
+    }
+
     /// What is wrong, for people.
     pub(super) fn trouble(&self, now: Instant) -> Option<String> {
         if self.failures < 2 {

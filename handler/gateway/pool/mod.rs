@@ -177,6 +177,11 @@ impl Pool {
         self.roster().breaker.trouble(Instant::now())
     }
 
+    /// How many workers in a row have ended without finishing a job.
+    pub fn failures(&self) -> u32 {
+        self.roster().breaker.failures()
+    }
+
     /// Drains and stops every worker that this gateway started. None is started afterwards.
     pub async fn shutdown(&self) {
         let now = Instant::now();

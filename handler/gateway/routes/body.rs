@@ -17,6 +17,9 @@ use crate::job::{Code, JobError};
 /// would not hear why, since what arrives at a closed connection resets it.
 const FORGOTTEN_BYTES: usize = 64 << 20;
 
+/// What forms with files are sent as. They are bad input rather than another encoding of the same.
+const MULTIPART: &str = "multipart/";
+
 /// A body in memory, and the room that it takes there.
 pub(super) struct Received {
     pub(super) bytes: Bytes,
@@ -92,6 +95,11 @@ fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
     if is_json && is_utf8 {
         return Ok(());
     }
+    if given.get(..MULTIPART.len()).is_some_and(|kind| kind.eq_ignore_ascii_case(MULTIPART)) {
+        let error = JobError::new(Code::InvalidInput, "forms are not read, expected JSON");
+        let error = error.with_reason("FORM").with_hint("send image and audio as URLs, data URIs or base64");
+        return Err(error.into());
+    }
     let shown: String = given.chars().take(60).collect();
     Err(unsupported(format!("`Content-Type` is {shown:?}, expected application/json in UTF-8")))
 }
@@ -135,7 +143,7 @@ mod tests {
             assert!(checked(&[("content-type", kind)]), "{kind}");
         }
         for kind in
-            ["", "text/plain", "application/json; charset=utf-16", "multipart/form-data", "application/json5"]
+            ["", "text/plain", "application/json; charset=utf-16", "Multipart/form-data", "application/json5"]
         {
             assert!(!checked(&[("content-type", kind)]), "{kind}");
         }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::body::Body;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::middleware::from_fn_with_state;
@@ -29,7 +30,7 @@ pub(super) fn router(gateway: &Arc<Gateway>, metrics: &Arc<Metrics>) -> Router<A
     let gate = Gate { gateway: gateway.clone(), operation: Operation::Status };
     let figures = get(figures).layer(Extension(metrics.clone())).route_layer(from_fn_with_state(gate, enter));
     Router::new()
-        .route("/", get(|| async { page("text/html; charset=utf-8", include_str!("../page/index.html")) }))
+        .route("/", get(index))
         .route("/page.css", get(|| async { page("text/css", include_str!("../page/page.css")) }))
         .route("/page.js", get(|| async { page("text/javascript", include_str!("../page/page.js")) }))
         .route("/metrics", figures)
@@ -41,13 +42,28 @@ pub(super) fn router(gateway: &Arc<Gateway>, metrics: &Arc<Metrics>) -> Router<A
         .route("/readyz", get(readyz))
 }
 
-fn page(kind: &'static str, text: &'static str) -> Response {
+/// The page, with the limits that it holds files to.
+async fn index(State(gateway): State<Arc<Gateway>>) -> Response {
+    let (limits, request) = (gateway.config.service.limits, gateway.config.max_body_bytes.0);
+    let numbers = [
+        ("{image-bytes}", limits.image_bytes),
+        ("{audio-bytes}", limits.audio_bytes),
+        ("{request-bytes}", request as u64),
+    ];
+    let text = numbers.iter().fold(include_str!("../page/index.html").to_string(), |text, (name, number)| {
+        text.replace(name, &number.to_string())
+    });
+    page("text/html; charset=utf-8", text)
+}
+
+fn page(kind: &'static str, text: impl Into<Body>) -> Response {
     let headers = [
         (header::CONTENT_TYPE, kind),
         (header::CONTENT_SECURITY_POLICY, PAGE_POLICY),
         (header::CACHE_CONTROL, "no-cache"),
     ];
-    (headers, text).into_response()
+    let body: Body = text.into();
+    (headers, body).into_response()
 }
 
 async fn figures(
@@ -61,7 +77,7 @@ async fn figures(
     }
 }
 
-/// Whether jobs can be accepted.
+/// Whether jobs can be accepted. A gateway whose workers do not start accepts them, and says what keeps them waiting.
 async fn readyz(State(gateway): State<Arc<Gateway>>) -> Result<Json<Value>, ApiError> {
     let unready = |error: JobError| ApiError::from(error).with_status(StatusCode::SERVICE_UNAVAILABLE);
     if !gateway.store.healthy() {
@@ -72,5 +88,9 @@ async fn readyz(State(gateway): State<Arc<Gateway>>) -> Result<Json<Value>, ApiE
     // Any id will do: it is the reading that counts.
     gateway.store.job("ready").map_err(unready)?;
     check_disk(&gateway.config).map_err(unready)?;
-    Ok(Json(json!({"status": "ready"})))
+    let mut ready = json!({"status": "ready"});
+    if let Some(trouble) = gateway.pool.trouble() {
+        ready["trouble"] = trouble.into();
+    }
+    Ok(Json(ready))
 }

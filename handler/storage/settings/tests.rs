@@ -128,6 +128,7 @@ fn a_worker_comes_to_the_same_settings() {
         ("BUCKET_PUBLIC_URL", "https://talk.example"),
         ("BUCKET_SESSION_TOKEN", "t"),
         ("VIDEO_RETENTION_HOURS", "0.5"),
+        ("SPOOL_RETENTION_HOURS", "48"),
     ];
     let first = args(&[&set[..], &more[..]].concat()).settings().unwrap().unwrap();
     let env = first.to_env();
@@ -136,6 +137,7 @@ fn a_worker_comes_to_the_same_settings() {
     assert_eq!(format!("{first:?}"), format!("{second:?}"));
     assert_eq!(second.credentials.secret_access_key.expose(), "s");
     assert_eq!(second.lifetimes.retention, Duration::from_secs(1800));
+    assert_eq!(second.lifetimes.spool, Duration::from_secs(2 * 86_400));
 }
 
 #[test]
@@ -143,6 +145,7 @@ fn wrong_lifetimes_are_named() {
     for (name, value) in [
         ("VIDEO_RETENTION_HOURS", "0"),
         ("VIDEO_RETENTION_HOURS", "NaN"),
+        ("SPOOL_RETENTION_HOURS", "8761"),
         ("PRESIGN_EXPIRES_SECONDS", "604801"),
         ("PRESIGN_EXPIRES_SECONDS", "59"),
     ] {

@@ -150,21 +150,24 @@ fn a_video_is_made_watched_and_played_and_another_is_cancelled() {
 #[test]
 fn what_goes_wrong_is_said_in_words() {
     let Some(chromedriver) = chromedriver() else { return };
-    let desk = Desk::open(&chromedriver, &[("MAX_WORKERS", "0")]);
+    let limits = [("MAX_IMAGE_BYTES", "2000000"), ("MAX_RUN_BYTES", "3000000")];
+    let desk = Desk::open(&chromedriver, &[&[("MAX_WORKERS", "0")], &limits[..]].concat());
     let browser = &desk.browser;
+    let note: String = browser.run("return document.querySelector('#image-note').textContent");
+    assert!(note.ends_with("up to 2.0 MB"), "{note}");
     let said = || browser.run::<String>("return document.querySelector('#form-error').innerText");
 
     browser.keys("#submit", ENTER);
     assert_eq!(said(), "Choose a portrait first.");
     assert_eq!(browser.run::<String>("return document.activeElement.id"), "image");
     desk.choose_both();
-    desk.write("huge.png", &vec![0; 10_000_001]);
+    desk.write("huge.png", &vec![0; 2_500_000]);
     desk.choose("#image", "huge.png");
-    assert_eq!(said(), "The portrait has 10.0 MB; up to 10.0 MB can be used.");
-    desk.write("long.wav", &vec![0; 9_000_000]);
+    assert_eq!(said(), "The portrait has 2.5 MB; up to 2.0 MB can be used.");
+    desk.write("long.wav", &vec![0; 2_500_000]);
     desk.choose("#image", "portrait.png");
     desk.choose("#audio", "long.wav");
-    assert!(said().starts_with("Portrait and voice have 9.0 MB together"), "{}", said());
+    assert!(said().starts_with("Portrait and voice have 2.5 MB together"), "{}", said());
     browser.keys("#submit", ENTER);
     assert_eq!(desk.gateway.health()["jobs"]["inQueue"], 0, "it was not sent");
 

@@ -18,6 +18,7 @@ use tempfile::tempdir;
 
 use self::witness::{Hooks, Witness};
 use crate::pool::gateway::{Gateway, job, send_signal, within};
+use crate::support::is_long;
 
 /// Where the gateway kills itself. K12 needs a store of an older version, which its own tests have.
 const GATEWAY_POINTS: [&str; 12] =
@@ -40,9 +41,8 @@ struct Kills {
 
 #[test]
 fn every_accepted_job_ends_once_whatever_is_killed() {
-    let is_long = std::env::var_os("TALKIE_LONG").is_some_and(|set| set == "1");
     let seed = std::env::var("TALKIE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_261_121);
-    let wanted = if is_long { KILLS.1 } else { KILLS.0 };
+    let wanted = if is_long() { KILLS.1 } else { KILLS.0 };
     let dir = tempdir().unwrap();
     let mut suite = Suite {
         dir: dir.path(),

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use handler::gateway::store::{KeyRole, KeyStore};
 use serde_json::{Value, json};
@@ -229,6 +230,33 @@ fn a_worker_that_asks_to_be_replaced_gets_nothing_more() {
     let next = send(&gateway, &json!({"input": 2}));
     assert_eq!((python.take(false).status, python.stops().status), (429, 429));
     assert_eq!(status(&gateway, &next)["status"], "IN_QUEUE");
+}
+
+/// The Python worker ends only when both its polls have been answered, which are held open for 25 s otherwise.
+#[test]
+fn the_open_polls_of_a_worker_that_is_to_go_are_let_go_at_once() {
+    let (_dir, gateway) = with_python(&[]);
+    // A poll that comes only after the result is turned away; then another worker has its turn.
+    let names = ["w1", "w2", "w3", "w4", "w5", "w6", "w7", "w8", "w9"];
+    let let_go = names.into_iter().any(|name| {
+        let python = Python::new(&gateway, name);
+        let id = send(&gateway, &json!({"input": 1}));
+        assert_eq!(python.take(false).json()["id"], id.as_str());
+        let began = Instant::now();
+        let polls = thread::scope(|scope| {
+            let polls = [scope.spawn(|| python.take(true)), scope.spawn(|| python.stops())];
+            // Time for both to arrive; how much it takes cannot be seen from outside.
+            for _ in 0..10 {
+                python.ping(&format!("&job_id={id}"));
+            }
+            python.done(&id, r#"{"output": 1, "stopPod": true}"#);
+            polls.map(|poll| poll.join().unwrap().status)
+        });
+        assert!(began.elapsed() < Duration::from_secs(10), "{name} was held for {:?}", began.elapsed());
+        assert!(polls.iter().all(|status| matches!(status, 204 | 429)), "{polls:?}");
+        polls == [204, 204]
+    });
+    assert!(let_go, "no pair of polls was open in time");
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::media;
 use crate::support::handler;
 
 /// How long something may take that should not take long.
-pub const SOON: Duration = Duration::from_secs(30);
+pub const SOON: Duration = Duration::from_secs(120);
 /// Between two looks at a process.
 const LOOK: Duration = Duration::from_millis(10);
 

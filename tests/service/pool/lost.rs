@@ -49,6 +49,25 @@ fn fault_02_worker_killed_in_the_middle_of_a_job() {
     assert_eq!(view["retries"], 1, "{view}");
 }
 
+/// A machine that is taken away tells its worker to end, in the middle of a job. The job is handed back at once and runs
+/// elsewhere, and it is not counted: it has done nothing wrong.
+#[test]
+fn fault_63_a_job_of_a_preempted_worker_runs_elsewhere_and_counts_once() {
+    let dir = tempdir().unwrap();
+    let gateway = Gateway::start(dir.path(), &[("STOP_GRACE_SECONDS", "0.3"), ("MAX_ATTEMPTS", "1")]);
+    let id = gateway.run(&job("wait"));
+    let first = gateway.at_work(&id)["workerId"].clone();
+    send_signal(gateway.children()[0], libc::SIGTERM);
+    gateway.until("another worker is at work on it", || {
+        let view = gateway.status(&id);
+        let moved = view["workerId"].is_string() && view["workerId"] != first;
+        (moved && view["output"]["stage"] == "denoise").then_some(())
+    });
+    let view = gateway.status(&id);
+    assert!(view["status"] == "IN_PROGRESS" && view.get("retries").is_none(), "{view}");
+    assert_eq!(gateway.cancel(&id)["status"], "CANCELLED");
+}
+
 /// The gateway dies with a job running. The next one runs it again, and it ends once.
 #[test]
 fn a_job_survives_the_gateway() {

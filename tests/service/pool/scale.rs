@@ -92,9 +92,23 @@ fn workers_that_end_at_once_are_started_more_and_more_seldom() {
     assert_eq!(view["status"], "IN_QUEUE", "{view}");
     assert!(view.get("error").is_none(), "clients take an error for the end: {view}");
     assert!(ends() <= 4, "it took three starts, not hundreds");
+    // Whoever watches the gateway is told, and not only the sender.
+    let ready = gateway.get("/readyz").json();
+    let trouble = ready["trouble"].as_str().unwrap_or_else(|| panic!("{ready}"));
+    assert!(ready["status"] == "ready" && trouble.contains("workers in a row") && trouble.contains("spool"));
+    assert!(failures(&gateway) >= 3.0);
     // Once the reason is gone, the job runs.
     std::fs::remove_file(dir.path().join("spool")).unwrap();
     gateway.success_of(&waiting);
+    assert_eq!(failures(&gateway), 0.0);
+    assert_eq!(gateway.get("/readyz").json(), json!({"status": "ready"}));
+}
+
+/// The figure of workers that have ended in a row.
+fn failures(gateway: &Gateway) -> f64 {
+    let text = String::from_utf8(gateway.get("/metrics").body).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("talkie_worker_failures "));
+    line.unwrap_or_else(|| panic!("no such figure:\n{text}")).parse().unwrap()
 }
 
 /// A job that kills its worker each time fails in the end, and the next one runs.

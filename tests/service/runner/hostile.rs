@@ -139,6 +139,33 @@ async fn fault_52_servers_that_drip_are_left() {
     assert!(error.message.contains("bytes in"), "{error}");
 }
 
+/// What is fetched once for the image and once for the voice is held to the limits of each, and nothing that a request
+/// can say makes it more than its three media.
+#[tokio::test]
+async fn fault_55_one_url_for_two_fields_is_fetched_for_each() {
+    let server = Server::start(|path, stream| match path {
+        "/large" => ok(stream, &[media::png(96, 96), vec![0; 150_000]].concat()),
+        _ => ok(stream, &media::png(96, 96)),
+    });
+    let bench = Bench::with(|settings| {
+        settings.config.allow_private_urls = true;
+        settings.config.limits = Limits { image_bytes: 100_000, audio_bytes: 200_000 };
+    });
+    for (path, code) in [("/small", Code::InvalidAudioFormat), ("/large", Code::ImageTooLarge)] {
+        let changes = json!({"image": server.url(path), "audio": server.url(path)});
+        let error = bench.run("a", with(&input(), &changes)).await.unwrap_err();
+        assert_eq!(error.code, code, "{path}: {error}");
+    }
+    assert_eq!(*server.asked.lock().unwrap(), ["/small", "/small", "/large"]);
+    // Each name of a field is one URL more, and the second is one too many.
+    let names = ["image_url", "cond_image", "source_url", "wav_url", "audio_url"];
+    for name in names {
+        let error = bench.run("b", with(&input(), &json!({name: server.url("/x")}))).await.unwrap_err();
+        assert_eq!(error.details["reason"], "CONFLICTING_FIELDS", "{name}: {error}");
+    }
+    assert_eq!(server.asked.lock().unwrap().len(), 3);
+}
+
 #[tokio::test]
 async fn fault_53_answers_that_are_no_http_are_failures() {
     let server = Server::start(|path, stream| {

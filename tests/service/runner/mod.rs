@@ -1,6 +1,6 @@
 //! Jobs through the runner: what they come to, what they leave behind, and how they go wrong.
 
-mod bench;
+pub mod bench;
 mod corpus;
 mod corpus_files;
 mod deliveries;

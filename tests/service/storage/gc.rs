@@ -1,7 +1,8 @@
 //! `handler gc` as a process, against the store behind the wire.
 
+use std::fs::File;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use handler::storage::embedded::{Embedded, Rules};
 use handler::storage::{Lifetimes, Publication, Storage, VideoSpool};
@@ -39,8 +40,8 @@ async fn expired_videos_are_deleted() {
     put(&world, &due).await;
     put(&world, &live).await;
     assert_eq!(run(gc(&world, &["--dry-run"])).await.output(), json!({"expired": [due]}));
-    assert_eq!(run(gc(&world, &[])).await.output(), json!({"deleted": 1}));
-    assert_eq!(run(gc(&world, &[])).await.output(), json!({"deleted": 0}));
+    assert_eq!(run(gc(&world, &[])).await.output(), json!({"deleted": 1, "pruned": 0}));
+    assert_eq!(run(gc(&world, &[])).await.output(), json!({"deleted": 0, "pruned": 0}));
     assert_eq!(world.keys().await, [live]);
 }
 
@@ -74,7 +75,7 @@ async fn uploads_are_resumed_under_their_recorded_key() {
     let making = VideoSpool::open(&world.dir.path().join("spool")).unwrap().job("job-3").unwrap();
     std::fs::write(making.path(), "half").unwrap();
     let output = run(gc(&world, &["--resume-uploads"])).await.output();
-    assert_eq!((&output["failed"], &output["abandoned"]), (&json!([]), &json!(0)));
+    assert_eq!((&output["failed"], &output["pruned"]), (&json!([]), &json!(0)));
     let resumed = output["resumed"].as_array().unwrap();
     let of =
         |job: &str| resumed.iter().find(|links| links["job_id"] == job).unwrap_or_else(|| panic!("{output}"));
@@ -88,6 +89,28 @@ async fn uploads_are_resumed_under_their_recorded_key() {
     let spool = std::fs::read_dir(world.dir.path().join("spool/videos")).unwrap();
     assert_eq!(spool.count(), 1, "what is uploaded is forgotten");
     assert_eq!(run(gc(&world, &["--resume-uploads"])).await.output()["resumed"], json!([]));
+}
+
+/// A video that no upload was resumed for, and a result that the platform did not want, are not kept for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_came_for_goes_in_the_end() {
+    let world = World::new().await;
+    let kept = world.keep("job-1", 10).await;
+    let rejected = world.dir.path().join("spool/rejected/a.json");
+    std::fs::create_dir_all(rejected.parent().unwrap()).unwrap();
+    std::fs::write(&rejected, "{}").unwrap();
+    assert_eq!(run(gc(&world, &[])).await.output()["pruned"], 0, "a week is not over");
+    let files = std::fs::read_dir(kept.dir()).unwrap().map(|entry| entry.unwrap().path());
+    for path in files.chain([kept.dir().to_path_buf(), rejected.clone()]) {
+        let long_ago = SystemTime::now() - Duration::from_secs(8 * 86_400);
+        File::open(path).unwrap().set_modified(long_ago).unwrap();
+    }
+    let mut longer = gc(&world, &[]);
+    longer.env("SPOOL_RETENTION_HOURS", "200");
+    assert_eq!(run(longer).await.output()["pruned"], 0);
+    assert!(kept.video().is_file() && rejected.is_file());
+    assert_eq!(run(gc(&world, &[])).await.output()["pruned"], 2);
+    assert!(!kept.dir().exists() && !rejected.exists());
 }
 
 /// K20: two parts are there. K21: all of it is, but nobody was told.

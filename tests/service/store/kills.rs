@@ -13,6 +13,7 @@ use rand::{Rng, SeedableRng};
 use rusqlite::Connection;
 
 use super::{completed, folder, job, open, options, silent, taker};
+use crate::support::is_long;
 
 /// What the child does, and in which folder.
 const TASK: &str = "STORE_CHILD_TASK";
@@ -185,7 +186,7 @@ async fn work(dir: &Path) {
 /// after each kill.
 #[test]
 fn fault_01_kill_at_random_moments_loses_nothing_that_was_promised() {
-    let stores = if std::env::var_os("TALKIE_LONG").is_some() { 40 } else { 1 };
+    let stores = if is_long() { 40 } else { 1 };
     let mut rng = StdRng::seed_from_u64(1);
     for _ in 0..stores {
         let dir = folder();
@@ -236,7 +237,7 @@ fn fault_11_held_jobs_are_not_held_in_memory() {
 }
 
 async fn hold(dir: &Path) {
-    let jobs = if std::env::var_os("TALKIE_LONG").is_some() { 100_000 } else { 10_000 };
+    let jobs = if is_long() { 100_000 } else { 10_000 };
     let store = open(dir);
     let before = resident_kib();
     let clients = (0..200).map(|client| {

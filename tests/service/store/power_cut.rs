@@ -15,6 +15,7 @@ use rusqlite::{Connection, OpenFlags};
 
 use super::disk::{Disk, Event};
 use super::{completed, folder, job, open, options, silent, taker};
+use crate::support::is_long;
 
 /// What the disk may hold at one moment.
 #[derive(Default)]
@@ -177,7 +178,7 @@ async fn fault_03_power_cut_loses_nothing_that_was_promised() {
     let checkpoints =
         events.iter().filter(|event| matches!(event, Event::Sync(name) if name == "jobs.db")).count();
     assert!(checkpoints > 3, "the log is folded into the database while jobs come: {checkpoints}");
-    let states = if std::env::var_os("TALKIE_LONG").is_some() { 5000 } else { 1000 };
+    let states = if is_long() { 5000 } else { 1000 };
     let verdict = tokio::task::spawn_blocking(move || cut(&events, states, 3)).await.unwrap();
     println!("{states} states: {verdict:?}");
     assert!(verdict.promises > 100 * states, "{verdict:?}");

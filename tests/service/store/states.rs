@@ -11,6 +11,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::{HandClock, folder, silent};
+use crate::support::is_long;
 
 const WORKERS: [&str; 4] = ["w0", "w1", "spawned-0", "spawned-1"];
 const LEASE: u64 = 30;
@@ -443,7 +444,7 @@ fn replace_with(store: &mut Store, make: impl FnOnce() -> Store) {
 
 #[tokio::test]
 async fn random_steps_agree_with_the_model_and_no_end_ever_changes() {
-    let seeds = if std::env::var_os("TALKIE_LONG").is_some() { 0..400 } else { 0..25 };
+    let seeds = if is_long() { 0..400 } else { 0..25 };
     let mut ends = BTreeSet::new();
     for seed in seeds {
         let mut run = Run::new(seed);

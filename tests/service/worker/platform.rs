@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 /// How long a test waits for something that must come. No test takes that long unless it fails.
-const DEADLINE: Duration = Duration::from_secs(30);
+const DEADLINE: Duration = Duration::from_secs(120);
 /// How often a connection that is held open is looked at.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -86,6 +86,9 @@ struct State {
     stops: VecDeque<Answer>,
     /// Answers to results; 200 when there are none.
     ends: VecDeque<Answer>,
+    /// The answer to every result, for so long from the first of them on, and when that was.
+    outage: Option<(Answer, Duration)>,
+    outage_began: Option<Instant>,
     /// The answer to every ping and every progress report.
     ping: Option<Answer>,
     /// Progress reports wait for their answers.
@@ -158,6 +161,11 @@ impl Platform {
         self.change(|state| state.ends.push_back(answer));
     }
 
+    /// Answers every result so, for so long from the first of them on.
+    pub fn outage(&self, answer: Answer, time: Duration) {
+        self.change(|state| state.outage = Some((answer, time)));
+    }
+
     /// Forgets the answers to results that were not given yet.
     pub fn ends_are_fine(&self) {
         self.change(|state| state.ends.clear());
@@ -186,8 +194,19 @@ impl Platform {
     /// Waits until there are `count` requests that `wanted` is true for.
     #[track_caller]
     pub fn wait_for(&self, count: usize, wanted: impl Fn(&Request) -> bool) -> Vec<Request> {
+        self.wait_for_within(DEADLINE, count, wanted)
+    }
+
+    /// The same for what may take longer than anything else.
+    #[track_caller]
+    pub fn wait_for_within(
+        &self,
+        time: Duration,
+        count: usize,
+        wanted: impl Fn(&Request) -> bool,
+    ) -> Vec<Request> {
         let reached = |state: &State| state.seen.iter().filter(|request| wanted(request)).count() >= count;
-        self.wait_until(reached);
+        self.wait_until(time, reached);
         self.seen(wanted)
     }
 
@@ -201,12 +220,12 @@ impl Platform {
     #[track_caller]
     pub fn wait_for_hang_up(&self, route: &str) {
         let route = format!("/{route}/");
-        self.wait_until(|state| state.hung_up.iter().any(|target| target.contains(&route)));
+        self.wait_until(DEADLINE, |state| state.hung_up.iter().any(|target| target.contains(&route)));
     }
 
     #[track_caller]
-    fn wait_until(&self, reached: impl Fn(&State) -> bool) {
-        let until = Instant::now() + DEADLINE;
+    fn wait_until(&self, time: Duration, reached: impl Fn(&State) -> bool) {
+        let until = Instant::now() + time;
         let mut state = self.state();
         while !reached(&state) {
             let left = until.saturating_duration_since(Instant::now());
@@ -220,6 +239,12 @@ impl Platform {
             }
             state = self.shared.1.wait_timeout(state, left).unwrap().0;
         }
+    }
+
+    /// Waits until there are so many answers to takes that were not given, or that nobody has read.
+    #[track_caller]
+    pub fn wait_for_takes_left(&self, count: usize) {
+        self.wait_until(DEADLINE, |state| state.takes.len() == count);
     }
 
     /// Answers to takes that were not given yet.
@@ -242,13 +267,22 @@ fn serve(stream: TcpStream, shared: &(Mutex<State>, Condvar)) {
             state.seen.push(request.clone());
             shared.1.notify_all();
             loop {
+                // Nothing is handed to who has left.
+                if request.route().starts_with("job-take") && has_hung_up(&stream) {
+                    state.hung_up.push(request.target.clone());
+                    shared.1.notify_all();
+                    return;
+                }
                 let queued = match request.route() {
                     "job-take" | "job-take-batch" => {
                         state.takes.pop_front().or_else(|| state.otherwise.clone())
                     }
                     "job-stop" => state.stops.pop_front().or_else(|| state.otherwise.clone()),
                     "job-done" if request.is_end() => {
-                        Some(state.ends.pop_front().unwrap_or_else(|| Answer::json(&json!({"ok": true}))))
+                        let began = *state.outage_began.get_or_insert(request.at);
+                        let outage = state.outage.clone().filter(|(_, time)| began.elapsed() < *time);
+                        let answer = outage.map(|(answer, _)| answer).or_else(|| state.ends.pop_front());
+                        Some(answer.unwrap_or_else(|| Answer::json(&json!({"ok": true}))))
                     }
                     "ping" => Some(state.ping.clone().unwrap_or_else(|| Answer::status(200))),
                     "job-done" if state.reports_wait => None,
@@ -275,13 +309,20 @@ fn serve(stream: TcpStream, shared: &(Mutex<State>, Condvar)) {
                 }
             }
         };
+        let unread = answer.clone();
         match answer {
             Answer::Reply(status, header, body) => {
                 let header = if header.is_empty() { header } else { header + "\r\n" };
                 let length =
                     if status == 204 { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
                 let head = format!("HTTP/1.1 {status} X\r\n{length}{header}\r\n");
-                if (&stream).write_all((head + &body).as_bytes()).is_err() {
+                let written = (&stream).write_all((head + &body).as_bytes());
+                let lost = written.is_err() || was_lost(&stream);
+                if lost && request.route().starts_with("job-take") && status == 200 {
+                    shared.0.lock().unwrap().takes.push_front(unread);
+                    shared.1.notify_all();
+                }
+                if lost {
                     return;
                 }
             }
@@ -295,6 +336,19 @@ fn has_hung_up(stream: &TcpStream) -> bool {
     let peeked = stream.peek(&mut [0]);
     stream.set_nonblocking(false).unwrap();
     matches!(peeked, Ok(0)) || peeked.is_err_and(|e| e.kind() != std::io::ErrorKind::WouldBlock)
+}
+
+/// Whether the other side hung up before it had read what was written: its system resets the connection then. Waits
+/// for its next request or its end.
+fn was_lost(stream: &TcpStream) -> bool {
+    match stream.peek(&mut [0]) {
+        // The reset may still be on its way, behind the end of the other side's own words.
+        Ok(0) => (0..40).any(|_| {
+            thread::sleep(LOOK);
+            !matches!(stream.take_error(), Ok(None))
+        }),
+        peeked => peeked.is_err(),
+    }
 }
 
 fn read(reader: &mut impl BufRead) -> Option<Request> {

@@ -11,9 +11,9 @@ use tempfile::TempDir;
 
 use super::platform::{Answer, Platform, Request};
 use crate::media;
-use crate::support::handler;
+use crate::support::{handler, is_long};
 
-const UNTIL: Duration = Duration::from_secs(30);
+const UNTIL: Duration = Duration::from_secs(120);
 
 /// A platform, and a folder for the spools of its workers.
 struct Rig {
@@ -30,7 +30,7 @@ impl Rig {
         let mut command = handler();
         command.arg("worker").envs(self.platform.variables()).env("SPOOL_PATH", self.dir.path());
         command.env("MODEL_STORAGE_PATH", self.dir.path().join("models"));
-        command.args(["--model", "tiny", "--device", "cpu", "--backoff-seconds", "0.01"]);
+        command.env("TALKIE_DEVICE", "cpu").args(["--model", "tiny", "--backoff-seconds", "0.01"]);
         command.args(["--min-free-bytes", "1"]).env("FAULTS_FROM_PROMPT", "1");
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command
@@ -173,6 +173,45 @@ fn fault_18_sigterm_hands_a_long_job_back() {
     process.signal(libc::SIGTERM);
     assert_eq!(rig.platform.wait_for_end("a").error()["details"]["reason"], "PREEMPTED");
     process.ends_with(0);
+}
+
+/// Each phase in which the signal can find the real process, again and again: what was handed over has an answer, and
+/// what was not is still there.
+#[test]
+fn fault_18_sigterm_in_every_phase() {
+    let rounds = if is_long() { 200 } else { 2 };
+    for round in 0..rounds {
+        let rig = Rig::new();
+        let process = rig.start();
+        rig.wait_for_take();
+        let asked = Instant::now();
+        process.end();
+        assert!(asked.elapsed() < Duration::from_secs(2), "idle, round {round}: {:?}", asked.elapsed());
+
+        let rig = Rig::new();
+        let process = rig.start();
+        rig.job("busy", "steps 8");
+        rig.wait_for_start("busy");
+        process.end();
+        assert!(rig.platform.wait_for_end("busy").json()["output"].is_object(), "busy, round {round}");
+        assert_eq!(rig.spooled(), 0, "busy, round {round}");
+
+        let rig = Rig::new();
+        let process = rig.start();
+        rig.wait_for_take();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // The moment is what differs here: before the signal, at it, and until the worker has hung up.
+                std::thread::sleep(Duration::from_millis(400) * round / rounds);
+                rig.job("late", "instant");
+            });
+            process.signal(libc::SIGTERM);
+        });
+        process.ends_with(0);
+        let answered = !rig.platform.seen(|request| request.is_end() && request.id() == "late").is_empty();
+        rig.platform.wait_for_takes_left(usize::from(!answered));
+        assert_eq!(rig.spooled(), 0, "during a take, round {round}");
+    }
 }
 
 #[test]
@@ -329,12 +368,35 @@ fn fitness_check_failed() {
         let (code, _, stderr) = Process(command.spawn().unwrap()).ended();
         assert_eq!(code, 1, "{stderr}");
         let error: Value = serde_json::from_str(stderr.lines().last().unwrap()).unwrap();
-        assert_eq!(error["details"]["reason"], "UNFIT", "{error}");
+        assert_eq!(
+            (&error["code"], &error["details"]["reason"]),
+            (&json!("INSUFFICIENT_DISK"), &json!("UNFIT"))
+        );
         let requests = rig.platform.seen(|_| true);
         assert_eq!(requests.len(), 1, "one ping and no take: {requests:?}");
         let expected = format!("/v2/ep1/ping/pod1?gpu=NVIDIA+A40&status=unhealthy&check={check}&reason=");
         assert!(requests[0].target.starts_with(&expected), "{}", requests[0].target);
     }
+}
+
+/// A worker that is to run on a GPU and has none says so before it takes a job. Where there is one, this shows nothing.
+#[test]
+fn fault_62_a_worker_without_its_gpu_takes_no_job() {
+    if talkie::device::select(talkie::device::Preference::Cuda).is_ok() {
+        return;
+    }
+    let rig = Rig::new();
+    let began = Instant::now();
+    let mut command = rig.command();
+    command.args(["--device", "cuda"]);
+    let (code, _, stderr) = Process(command.spawn().unwrap()).ended();
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert_eq!(code, 1, "{stderr}");
+    let error: Value = serde_json::from_str(stderr.lines().last().unwrap()).unwrap();
+    assert_eq!((&error["code"], &error["details"]["reason"]), (&json!("GPU_UNAVAILABLE"), &json!("UNFIT")));
+    let requests = rig.platform.seen(|_| true);
+    assert_eq!(requests.len(), 1, "one ping and no take: {requests:?}");
+    assert!(requests[0].target.contains("&status=unhealthy&check=device&reason="), "{}", requests[0].target);
 }
 
 #[test]
