@@ -310,7 +310,10 @@ mod tests {
         assert!(matches!(bench.state(&plain), State::Unverified(_, None)));
         bench.receipt(COMMIT, HASH);
         assert!(matches!(bench.state(&plain), State::Ready(_)));
-        assert!(matches!(bench.surveyor.survey(&[plain.clone()], true)[0], State::Unverified(_, Some(_))));
+        assert!(matches!(
+            bench.surveyor.survey(std::slice::from_ref(&plain), true)[0],
+            State::Unverified(_, Some(_))
+        ));
         let file = fs::File::options().write(true).open(&path).unwrap();
         file.set_modified(std::time::UNIX_EPOCH).unwrap();
         assert!(
@@ -354,8 +357,8 @@ mod tests {
                 panic!("it is there, and named by its hash")
             };
             assert_eq!((found.commit.as_deref(), hash.as_str(), found.in_cache), (Some(COMMIT), HASH, true));
-            let states = bench.surveyor.survey(&[wanted.clone()], false);
-            let storage = bench.surveyor.with_places(&[wanted.clone()], &states);
+            let states = bench.surveyor.survey(std::slice::from_ref(&wanted), false);
+            let storage = bench.surveyor.with_places(std::slice::from_ref(&wanted), &states);
             assert_eq!(storage.path(&wanted.repo, &wanted.file), folder.join("w"));
         }
         bench.write("cache/models--o--n/refs/main", "../../../x");

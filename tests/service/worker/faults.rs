@@ -49,7 +49,8 @@ fn fault_22_no_result_is_lost_in_the_eight_faults() {
     let second = if is_long() { Duration::from_secs(1) } else { Duration::from_millis(10) };
     let status = |status| move |platform: &Platform, time| platform.outage(Answer::status(status), time);
     let drop = |platform: &Platform, _: Duration| platform.end(Answer::HangUp);
-    let faults: [(&str, u32, &(dyn Fn(&Platform, Duration) + Sync)); 8] = [
+    type Fault<'a> = &'a (dyn Fn(&Platform, Duration) + Sync);
+    let faults: [(&str, u32, Fault); 8] = [
         ("500 for 1 s", 1, &status(500)),
         ("500 for 3 s", 3, &status(500)),
         ("500 for 6 s", 6, &status(500)),
