@@ -9,7 +9,7 @@ use futures::future::{try_join, try_join_all};
 use talkie::registry::Receipt;
 use tokio::sync::Semaphore;
 
-use super::hashes::{BLOCK_BYTES, Digests, Hash, Hasher};
+use super::hashes::{BLOCK_BYTES, Digests, Hasher};
 use super::lock::VolumeLock;
 use super::part::Part;
 use super::progress::Counter;
@@ -43,14 +43,14 @@ pub(super) struct Order {
 impl Order {
     /// The [`identity`] of the file.
     pub(super) fn identity(&self) -> String {
-        let Facts { repo, path, size, hash, .. } = &self.facts;
-        identity(repo, path, *size, hash)
+        identity(&self.facts.repo, &self.facts.path, self.facts.size)
     }
 }
 
-/// What a part of a file is told from others by.
-pub(super) fn identity(repo: &str, path: &str, size: u64, hash: &Hash) -> String {
-    [repo, path, &size.to_string(), hash.as_str()].join("\n")
+/// What a part of a file is told from others by. The hash is not in it: a file is known by git's before it was fetched,
+/// and by another once it has a receipt. A part of another commit's file is noticed by its hash, and fetched anew.
+pub(super) fn identity(repo: &str, path: &str, size: u64) -> String {
+    [repo, path, &size.to_string()].join("\n")
 }
 
 impl Fetcher<'_> {

@@ -252,13 +252,13 @@ impl Hub {
             State::Ready(found) | State::Unverified(found, _) => found.path.clone(),
             State::Missing => self.surveyor.own_path(wanted),
         };
-        let there = match (state, size, &hash) {
-            (State::Ready(found) | State::Unverified(found, _), ..) => found.size,
-            (State::Missing, Some(size), Some(hash)) => {
-                let identity = fetch::identity(&wanted.repo.repo, &wanted.file.path, size, hash);
+        let there = match (state, size) {
+            (State::Ready(found) | State::Unverified(found, _), _) => found.size,
+            (State::Missing, Some(size)) => {
+                let identity = fetch::identity(&wanted.repo.repo, &wanted.file.path, size);
                 part::bytes_there(&self.work_folder(), &identity, size)
             }
-            (State::Missing, ..) => 0,
+            (State::Missing, None) => 0,
         };
         FileReport {
             repo: wanted.repo.repo.clone(),
@@ -418,7 +418,7 @@ impl Work<'_> {
                 true => {
                     let commit = found.commit.clone().or_else(|| commits.get(&wanted.repo.repo).cloned());
                     self.note(wanted, found, digests, commit).await?;
-                    let identity = fetch::identity(&wanted.repo.repo, &wanted.file.path, found.size, &hash);
+                    let identity = fetch::identity(&wanted.repo.repo, &wanted.file.path, found.size);
                     part::remove(&self.hub.work_folder(), &identity);
                     State::Ready(found.clone())
                 }

@@ -1,8 +1,7 @@
 //! A file in the making: its bytes, where they belong, and a map of which are there. Both survive `kill -9`.
 //!
 //! The file is cut into pieces that several connections fill from the front to the back. `<name>.map` has eight bytes
-//! for each piece: how many of its bytes are there. The name holds everything that the contents depend on, so that a
-//! part is gone on with only for the same file.
+//! for each piece: how many of its bytes are there. What a part is told from others by makes its name.
 
 use std::fs::{self, File};
 use std::io;

@@ -188,7 +188,6 @@ fn dit(case: &str) -> (wan::Config, wan::Extent) {
 }
 
 #[test]
-#[ignore = "known defect: the plan of the video autoencoder is up to 1.4 times too low at small dimensions"]
 fn activations_are_what_they_were_planned_to_be() {
     for case in ["dit", "dit of a wide hidden layer", "decode", "encode"] {
         let result = peak::in_a_process("memory::one_network_at_work", case);

@@ -17,7 +17,7 @@ use talkie::models::{clip_vision, umt5, wan, wan_vae, wav2vec2};
 use talkie::registry::{ModelSpec, Registry};
 use talkie::weights::{LoadPlan, Weights};
 
-use crate::support::{Bench, Outcome, handler};
+use crate::support::{Bench, Outcome, handler, is_long};
 
 const NETWORKS: [&str; 5] = ["dit", "vae", "text_encoder", "image_encoder", "audio_encoder"];
 /// Kills of a short run, and of a long one.
@@ -284,14 +284,13 @@ fn a_damaged_file_is_found_and_made_again() {
 
 #[test]
 fn fault_38_a_preparation_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_file() {
-    let is_long = std::env::var_os("TALKIE_LONG").is_some_and(|set| set == "1");
     let seed = std::env::var("TALKIE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_261_127);
     let mut random = StdRng::seed_from_u64(seed);
     let volume = Volume::large();
     let whole = volume.prepare(&["--skip-prompts"]).output();
     let size = whole["files"][0]["size"].as_u64().unwrap();
     let (mut kills, mut gone_on) = (0, 0);
-    while kills < if is_long { KILLS.1 } else { KILLS.0 } {
+    while kills < if is_long() { KILLS.1 } else { KILLS.0 } {
         volume.clear();
         for _ in 0..random.random_range(1..=3) {
             let mut child = volume.start();

@@ -29,7 +29,7 @@ impl CausalConv3d {
     pub(super) fn forward(&self, xs: Tensor, residual: Option<&Tensor>, cache: &mut Cache) -> Result<Tensor> {
         let past = cache.slot();
         let ys = self.0.forward_causal(&xs, past.as_ref(), residual)?;
-        *past = Some(last_frames(past.as_ref(), &xs, PAST_FRAMES)?);
+        *past = Some(last_frames(past.take(), &xs, PAST_FRAMES)?);
         Ok(ys)
     }
 }
@@ -94,8 +94,10 @@ impl ResidualBlock {
             None => xs.clone(),
         };
         drop(xs); // one full-size tensor less while the convolutions run
-        let ys = self.conv1.forward(ys, None, cache)?;
-        let ys = self.norm2.forward_silu(&ys)?;
+        let ys = {
+            let ys = self.conv1.forward(ys, None, cache)?;
+            self.norm2.forward_silu(&ys)?
+        };
         self.conv2.forward(ys, Some(&residual), cache)
     }
 }

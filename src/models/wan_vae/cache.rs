@@ -34,10 +34,11 @@ impl Cache {
 }
 
 /// The last `len` frames of `past` (1, P, H, W, C) followed by `xs` (1, T, H, W, C), or all where there are fewer.
-/// The result does not keep a longer `xs` alive.
-pub(super) fn last_frames(past: Option<&Tensor>, xs: &Tensor, len: usize) -> Result<Tensor> {
+/// The result does not keep a longer `xs` alive, and is not alive beside a `past` of which it holds nothing.
+pub(super) fn last_frames(past: Option<Tensor>, xs: &Tensor, len: usize) -> Result<Tensor> {
     let frames = xs.dim(1)?;
     if frames > len {
+        drop(past);
         return xs.narrow(1, frames - len, len)?.force_contiguous();
     }
     match past {
@@ -67,10 +68,10 @@ mod tests {
     fn the_last_frames_are_of_the_chunk_and_before_it_of_the_past() -> Result<()> {
         let past = frames(&[1.0, 2.0]);
         assert_eq!(values(&last_frames(None, &frames(&[3.0]), 2)?), [3.0]);
-        assert_eq!(values(&last_frames(Some(&past), &frames(&[3.0]), 2)?), [2.0, 3.0]);
-        assert_eq!(values(&last_frames(Some(&past), &frames(&[3.0, 4.0]), 2)?), [3.0, 4.0]);
-        assert_eq!(values(&last_frames(Some(&past), &frames(&[3.0, 4.0, 5.0, 6.0]), 2)?), [5.0, 6.0]);
-        assert_eq!(values(&last_frames(Some(&past), &frames(&[3.0, 4.0]), 1)?), [4.0]);
+        assert_eq!(values(&last_frames(Some(past.clone()), &frames(&[3.0]), 2)?), [2.0, 3.0]);
+        assert_eq!(values(&last_frames(Some(past.clone()), &frames(&[3.0, 4.0]), 2)?), [3.0, 4.0]);
+        assert_eq!(values(&last_frames(Some(past.clone()), &frames(&[3.0, 4.0, 5.0, 6.0]), 2)?), [5.0, 6.0]);
+        assert_eq!(values(&last_frames(Some(past.clone()), &frames(&[3.0, 4.0]), 1)?), [4.0]);
         Ok(())
     }
 

@@ -8,6 +8,7 @@ use rand::{Rng, SeedableRng};
 
 use super::server::Answer;
 use super::{Bench, LARGE, finish, signal};
+use crate::support::is_long;
 
 /// Bytes that may be fetched twice because of one kill.
 const TWICE: u64 = 8 << 20;
@@ -35,12 +36,10 @@ fn fault_38_kill_9_at_70_percent_fetches_little_twice() {
 }
 
 #[test]
-#[ignore = "known defect: after some kills a whole file is fetched again and its first part stays"]
 fn fault_38_kill_9_at_any_moment_ends_complete_and_verified() {
-    let is_long = std::env::var_os("TALKIE_LONG").is_some_and(|set| set == "1");
     let seed = std::env::var("TALKIE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_261_127);
     let mut random = StdRng::seed_from_u64(seed);
-    let wanted = if is_long { KILLS.1 } else { KILLS.0 };
+    let wanted = if is_long() { KILLS.1 } else { KILLS.0 };
     let (mut kills, mut twice) = (0, 0);
     while kills < wanted {
         let bench = Bench::new();

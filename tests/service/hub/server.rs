@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::process::Child;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -261,7 +262,21 @@ fn read_head(reader: &mut impl BufRead) -> Option<Head> {
     Some(Head { method, path, headers, body })
 }
 
+/// Makes a connection one of a network, slower than memory: next to nothing of what counts as served lies in the buffers
+/// of the system, where a killed client has not read it.
+fn pace(stream: &TcpStream) {
+    const BYTES_PER_S: libc::c_uint = 64 << 20;
+    const BUFFER_BYTES: libc::c_uint = 128 << 10;
+    for (option, value) in [(libc::SO_SNDBUF, BUFFER_BYTES), (libc::SO_MAX_PACING_RATE, BYTES_PER_S)] {
+        let (pointer, len) = ((&raw const value).cast(), size_of_val(&value) as libc::socklen_t);
+        // SAFETY: the pointer is to a value of this length, and the socket is open.
+        let set = unsafe { libc::setsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, option, pointer, len) };
+        assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+    }
+}
+
 fn serve(shared: &Shared, stream: TcpStream, of_cdn: bool) {
+    pace(&stream);
     let mut reader = BufReader::new(stream.try_clone().unwrap());
     let mut stream = stream;
     // A client that hangs up has its reasons.
