@@ -238,13 +238,13 @@ fn pins(repos: &[RepoFiles], reports: &[FileReport]) -> String {
         let report =
             |path: &str| reports.iter().find(|report| report.repo == repo.repo && report.path == path);
         let is_learned = |path: &str| report(path).is_some_and(|report| report.sha256.is_some());
-        let open = repo.revision.known().is_none()
+        let revision = repo.files.iter().find_map(|file| report(&file.path)?.revision.clone());
+        let is_new = repo.revision.known() != revision.as_ref()
             || repo.files.iter().any(|file| file.size.known().is_none() || file.sha256.known().is_none());
-        if !open || told.contains(&repo) || !repo.files.iter().all(|file| is_learned(&file.path)) {
+        if !is_new || told.contains(&repo) || !repo.files.iter().all(|file| is_learned(&file.path)) {
             continue;
         }
         told.push(repo);
-        let revision = repo.files.iter().find_map(|file| report(&file.path)?.revision.clone());
         let revision = revision.as_deref().unwrap_or("learn");
         let _ = writeln!(text, "repo = {:?}\nrevision = {revision:?}\nfiles = [", repo.repo);
         for file in &repo.files {
@@ -341,5 +341,8 @@ mod tests {
         );
         assert_eq!(pins(&repos, &reports), expected);
         assert_eq!(pins(&repos, &[report(audio, "model.safetensors", None)]), "");
+        let vae = repos.iter().find(|repo| repo.files[0].path == "Wan2.1_VAE.pth").unwrap();
+        let pinned = FileReport { revision: None, ..report(vae, "Wan2.1_VAE.pth", Some(&hash)) };
+        assert_eq!(pins(&repos, &[pinned]), "", "nothing is known of it that is not written down");
     }
 }

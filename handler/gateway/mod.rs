@@ -6,6 +6,7 @@
 
 pub mod admission;
 pub mod auth;
+mod bucket;
 pub mod config;
 pub mod error;
 pub mod events;
@@ -37,6 +38,7 @@ use crate::storage::Storage;
 use crate::storage::embedded::Embedded;
 use admission::Admission;
 use auth::Auth;
+use bucket::Bucket;
 use config::ServeConfig;
 use hub::Hub;
 use media::MediaFolder;
@@ -63,6 +65,8 @@ pub struct Gateway {
     pub media: MediaFolder,
     /// What becomes a job.
     pub admission: Admission,
+    /// Where finished videos go, unless that store is served here.
+    bucket: Option<Bucket>,
 }
 
 impl Gateway {
@@ -131,8 +135,9 @@ impl Running {
         let world = World { store: store.clone(), hub: hub.clone(), bell, data_dir };
         let pool = Pool::start(world, launch, settings)?;
         let auth = Auth::new(&config, store.clone(), pool.clone())?;
-        let gateway =
-            Arc::new(Gateway { config, store, hub, pool, auth, media, admission: Admission::default() });
+        let bucket = embedded.is_none().then(|| Bucket::new(storage.clone()));
+        let admission = Admission::default();
+        let gateway = Arc::new(Gateway { config, store, hub, pool, auth, media, admission, bucket });
         let mut tasks = JoinSet::new();
         tasks.spawn(sweeper::run(gateway.clone(), bells.sweeper));
         tasks.spawn(webhook::run(gateway.clone(), webhooks, bells.webhooks));

@@ -62,6 +62,8 @@ struct Shared {
     paces: Paces,
     /// Whether a job has begun: what the first one waited for is its own.
     began: AtomicBool,
+    /// Whether an upload has failed for good since the bucket last answered, in this process or an earlier one.
+    bucket_in_doubt: AtomicBool,
 }
 
 impl Runner {
@@ -72,6 +74,7 @@ impl Runner {
     pub fn new(settings: RunnerSettings) -> Result<Self, JobError> {
         let spool = VideoSpool::open(&settings.spool)?;
         prune(&settings.spool, settings.lifetimes.spool);
+        let bucket_in_doubt = AtomicBool::new(spool.all_kept().is_ok_and(|kept| !kept.is_empty()));
         Ok(Self {
             shared: Arc::new(Shared {
                 executor: Executor::start(settings.device, settings.config.memory_limit, settings.patience)?,
@@ -80,6 +83,7 @@ impl Runner {
                 put: Put::new(settings.config.fetch_policy()),
                 paces: Paces::at(settings.spool.join(PACES)),
                 began: AtomicBool::new(false),
+                bucket_in_doubt,
                 settings,
             }),
         })
@@ -93,7 +97,27 @@ impl Runner {
         let mut abandoned = CancelOnDrop(Some(task.cancel.clone()));
         let outcome = self.shared.run(task).await;
         abandoned.0 = None;
+        if matches!(&outcome, Err(e) if e.code == Code::UploadFailed && !e.retryable) {
+            self.shared.bucket_in_doubt.store(true, Ordering::Relaxed);
+        }
         outcome
+    }
+
+    /// Whether there is somewhere for a further video to go. The bucket is asked where it is in doubt.
+    ///
+    /// # Errors
+    /// [`Code::UploadFailed`] when the bucket is gone or refuses our keys.
+    pub async fn can_deliver(&self) -> Result<(), JobError> {
+        let Shared { settings, bucket_in_doubt, .. } = &*self.shared;
+        if let Some(storage) = &settings.storage
+            && bucket_in_doubt.load(Ordering::Relaxed)
+        {
+            match storage.check().await {
+                Err(e) if !e.retryable => return Err(e),
+                _ => bucket_in_doubt.store(false, Ordering::Relaxed),
+            }
+        }
+        Ok(())
     }
 
     /// Why no further job can run, if that is so: the thread hangs or its device is broken. It stays so.

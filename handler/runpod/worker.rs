@@ -43,6 +43,8 @@ const OWN_REPORT: Duration = Duration::from_millis(500);
 const LAST_DELIVERY: Duration = Duration::from_secs(6);
 /// The same after the grace time, which is over by then.
 const AFTER_GRACE: Duration = Duration::from_millis(1500);
+/// Units between two looks at a bucket that is gone.
+const BUCKET_PAUSE: u32 = 10;
 /// How often the executor is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Ends that are remembered, for a job that is handed over twice, and the bytes of the longest of them.
@@ -62,6 +64,8 @@ pub trait JobRunner: Clone + Send + Sync + 'static {
     /// Why no further job can be run, if that is so: a generation hangs, or the device is broken. A job that broke
     /// it ends after this says so.
     fn defect(&self) -> Option<String>;
+    /// Whether there is somewhere for a further result to go. While there is not, no job is taken.
+    fn can_deliver(&self) -> impl Future<Output = Result<(), JobError>> + Send;
 }
 
 impl JobRunner for Runner {
@@ -71,6 +75,10 @@ impl JobRunner for Runner {
 
     fn defect(&self) -> Option<String> {
         Runner::defect(self)
+    }
+
+    async fn can_deliver(&self) -> Result<(), JobError> {
+        Runner::can_deliver(self).await
     }
 }
 
@@ -193,7 +201,7 @@ impl<R: JobRunner> Worker<R> {
                 return self.drain(take).await;
             }
             if take.is_none() && !replaying && !self.draining.is_cancelled() && self.has_free_slot() {
-                take = Some(Box::pin(self.polling().take(self.draining.clone())));
+                take = Some(self.take());
             }
             tokio::select! {
                 biased;
@@ -230,13 +238,26 @@ impl<R: JobRunner> Worker<R> {
         self.held.busy() < self.settings.slots
     }
 
-    fn polling(&self) -> Polling {
-        Polling {
+    fn take(&self) -> Take {
+        let polling = Polling {
             platform: self.platform.clone(),
             held: self.held.clone(),
             slots: self.settings.slots,
             unit: self.settings.unit,
-        }
+        };
+        let (runner, draining) = (self.runner.clone(), self.draining.clone());
+        let pause = BUCKET_PAUSE * self.settings.unit;
+        Box::pin(async move {
+            while let Err(e) = runner.can_deliver().await {
+                tracing::error!(?pause, "no job is taken, for its video would be lost: {}", e.message);
+                tokio::select! {
+                    biased;
+                    () = draining.cancelled() => return Vec::new(),
+                    () = tokio::time::sleep(pause) => {}
+                }
+            }
+            polling.take(draining).await
+        })
     }
 
     fn delivery(&self) -> Delivery {

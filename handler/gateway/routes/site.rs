@@ -88,6 +88,9 @@ async fn readyz(State(gateway): State<Arc<Gateway>>) -> Result<Json<Value>, ApiE
     // Any id will do: it is the reading that counts.
     gateway.store.job("ready").map_err(unready)?;
     check_disk(&gateway.config).map_err(unready)?;
+    if let Some(bucket) = &gateway.bucket {
+        bucket.check().await.map_err(unready)?;
+    }
     let mut ready = json!({"status": "ready"});
     if let Some(trouble) = gateway.pool.trouble() {
         ready["trouble"] = trouble.into();

@@ -42,10 +42,10 @@ impl Config {
     /// The most bytes that are alive in one pass beside the weights and what [`Config::kept_bytes`] counts.
     ///
     /// With X the bytes of all tokens (L · D), H those of the hidden layer (L · ffn_dim), counted in
-    /// `Block::forward`: in the self-attention there are the embedded tokens, the residual stream, its
-    /// normalised rows, q, k, v, the keys transposed and the result, 8 X; in the feed-forward layer 3 X + H. Composed of candle's operations, the
-    /// self-attention also holds q, k and v in f32 and its result twice, and the feed-forward layer its hidden rows
-    /// twice.
+    /// `Block::forward`: in the self-attention there are the embedded tokens, the residual stream, its normalised rows,
+    /// q, k, v, the keys transposed and the result, 8 X; in the feed-forward layer 3 X + H. Composed of candle's
+    /// operations, the self-attention also holds q, k and v in f32 and its result twice, and the feed-forward layer its
+    /// hidden rows twice.
     pub fn forward_bytes(&self, extent: &Extent) -> u64 {
         let tokens = self.tokens(extent.latents) as u64;
         let (dim, hidden) = (self.dim as u64, self.ffn_dim as u64);

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::rig::{Rig, header, refused, request};
 use crate::media;
+use crate::storage::world::{Fault, World, quick};
 
 #[test]
 fn large_media_lie_beside_the_store_before_the_answer() {
@@ -69,6 +70,28 @@ fn a_disk_that_is_nearly_full_takes_no_more_jobs_and_shows_those_it_has() {
         (rig.get("/readyz").json()["status"].as_str(), rig.status(&job)["status"].as_str()),
         (Some("ready"), Some("IN_QUEUE"))
     );
+}
+
+#[test]
+fn fault_71_a_gateway_whose_bucket_is_gone_is_not_ready() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let gateway = |fault: Fault| {
+        let world = runtime.block_on(World::with(quick(), move |_, _| fault.clone()));
+        let rig = Rig::with(|wishes| wishes.bucket = Some(world.storage.clone()));
+        (world, rig)
+    };
+    for (status, code) in [(404, "NoSuchBucket"), (403, "InvalidAccessKeyId")] {
+        let (world, rig) = gateway(Fault::error(status, code));
+        for _ in 0..2 {
+            let error = refused(&rig.get("/readyz"), 503, "UPLOAD_FAILED");
+            assert!(error["message"].as_str().unwrap().contains("the bucket cannot be used"), "{error}");
+        }
+        assert_eq!(world.count("bucket"), 1, "an answer counts for a while");
+        assert_eq!(rig.get("/livez").status, 200);
+    }
+    for fault in [Fault::None, Fault::error(503, "SlowDown")] {
+        assert_eq!(gateway(fault).1.get("/readyz").status, 200, "what passes is no reason");
+    }
 }
 
 #[test]

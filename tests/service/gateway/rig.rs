@@ -38,6 +38,8 @@ pub struct Rig {
 pub struct Wishes {
     pub config: ServeConfig,
     pub store: store::Options,
+    /// A bucket elsewhere.
+    pub bucket: Option<Storage>,
 }
 
 impl Rig {
@@ -53,7 +55,7 @@ impl Rig {
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let addr = listener.local_addr().unwrap();
         let base = format!("http://{addr}");
-        let mut wishes = Wishes { config: config(&dir, addr), store: options() };
+        let mut wishes = Wishes { config: config(&dir, addr), store: options(), bucket: None };
         change(&mut wishes);
         let limits = wishes.config.connections.clone();
         let setup = setup(&dir, &base, wishes);
@@ -252,7 +254,7 @@ fn setup(dir: &TempDir, base: &str, wishes: Wishes) -> Setup {
             timeout: minute,
             pauses: vec![minute],
         },
-        storage: Storage::new(bucket),
-        embedded: Some(embedded),
+        embedded: wishes.bucket.is_none().then_some(embedded),
+        storage: wishes.bucket.unwrap_or_else(|| Storage::new(bucket)),
     }
 }

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -74,6 +75,32 @@ async fn p10_a_video_whose_upload_fails_is_kept_and_not_computed_again() {
     assert_eq!(stages, ["upload", "done"], "nothing was fetched or computed");
     assert_eq!(sha256(&get(&output.video_url).await), kept);
     assert_eq!(bench.spooled(), 0);
+}
+
+#[tokio::test]
+async fn fault_71_a_bucket_is_in_doubt_from_a_failed_upload_to_its_next_answer() {
+    let gone = Arc::new(AtomicBool::new(true));
+    let is_gone = gone.clone();
+    let (world, bench) = world(move |_, _| match is_gone.load(Ordering::SeqCst) {
+        true => Fault::error(404, "NoSuchBucket"),
+        false => Fault::None,
+    })
+    .await;
+    bench.runner.can_deliver().await.unwrap();
+    assert_eq!(world.count("bucket"), 0, "nothing has failed");
+    bench.run("job-1", input()).await.unwrap_err();
+    let error = bench.runner.can_deliver().await.unwrap_err();
+    assert!(error.code == Code::UploadFailed && !error.retryable, "{error:?}");
+    // The next process finds the video that could not be uploaded.
+    let storage = world.storage.clone();
+    let spool = bench.dir.path().join("spool");
+    let next = Bench::with(|settings| (settings.storage, settings.spool) = (Some(storage), spool));
+    next.runner.can_deliver().await.unwrap_err();
+    gone.store(false, Ordering::SeqCst);
+    for runner in [&bench.runner, &bench.runner, &next.runner] {
+        runner.can_deliver().await.unwrap();
+    }
+    assert_eq!(world.count("bucket"), 4, "what has answered is not asked again");
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use handler::job::{Code, JobError};
 use handler::runpod::heartbeat::Heartbeat;
 use handler::runpod::held::{Held, Phase};
 use handler::runpod::platform::Endpoints;
@@ -13,6 +14,7 @@ use serde_json::json;
 
 use super::platform::{Answer, Platform, Request, job};
 use super::rig::{Rig, bury};
+use crate::pool::gateway::within;
 use crate::support::is_long;
 
 fn end_of(id: &str) -> impl Fn(&Request) -> bool {
@@ -381,4 +383,22 @@ fn fault_33_a_dead_workers_result_is_offered_by_the_living_one_where_its_name_is
     rig.platform.wait_for(1, |request| request.is_end() && request.target.contains("job-done/pod2/a"));
     assert_eq!(working.end(), Ending::Stopped);
     assert_eq!((rig.spooled("results"), rig.spooled("rejected")), (0, 0));
+}
+
+#[test]
+fn fault_71_no_job_is_taken_while_the_bucket_is_gone() {
+    let rig = Rig::new();
+    let working = rig.work();
+    rig.platform.job("a", "gone");
+    assert_eq!(rig.platform.wait_for_end("a").error()["code"], "UPLOAD_FAILED");
+    rig.platform.job("b", "instant");
+    let asked = || rig.script.asked.load(Ordering::SeqCst);
+    let before = asked();
+    within(Duration::from_secs(10), || (asked() > before + 2).then_some(()))
+        .expect("the bucket is asked again");
+    assert_eq!((rig.platform.takes_left(), rig.ran()), (1, vec!["a".to_string()]));
+    *rig.script.undeliverable.lock().unwrap() = None;
+    rig.platform.wait_for_end("b");
+    *rig.script.undeliverable.lock().unwrap() = Some(JobError::new(Code::UploadFailed, "the bucket is gone"));
+    assert_eq!(working.end(), Ending::Stopped, "a worker that waits for its bucket can be stopped");
 }

@@ -1,6 +1,7 @@
 //! The loop in this process, with a runner that does what its jobs say.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -27,6 +28,10 @@ pub struct Script {
     /// The jobs that it ran, in order.
     pub ran: Arc<Mutex<Vec<String>>>,
     pub defect: Arc<Mutex<Option<String>>>,
+    /// Why no result can be delivered.
+    pub undeliverable: Arc<Mutex<Option<JobError>>>,
+    /// How often that was asked for.
+    pub asked: Arc<AtomicUsize>,
     released: Arc<Notify>,
 }
 
@@ -74,6 +79,11 @@ impl JobRunner for Script {
             "steps" => (0..5).for_each(step),
             "panic" => panic!("as the job wants it"),
             "oom" => return error(Code::GpuOutOfMemory, "out of memory"),
+            "gone" => {
+                let error = JobError::new(Code::UploadFailed, "the bucket is gone");
+                *self.undeliverable.lock().unwrap() = Some(error.clone());
+                return Err(error);
+            }
             "bad" => return error(Code::EmptyAudio, "`audio` is empty"),
             "sticky" => {
                 *self.defect.lock().unwrap() = Some("the device is broken".into());
@@ -95,6 +105,11 @@ impl JobRunner for Script {
 
     fn defect(&self) -> Option<String> {
         self.defect.lock().unwrap().clone()
+    }
+
+    async fn can_deliver(&self) -> Result<(), JobError> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        self.undeliverable.lock().unwrap().clone().map_or(Ok(()), Err)
     }
 }
 
