@@ -89,6 +89,7 @@ async fn fault_71_a_bucket_is_in_doubt_from_a_failed_upload_to_its_next_answer()
     bench.runner.can_deliver().await.unwrap();
     assert_eq!(world.count("bucket"), 0, "nothing has failed");
     bench.run("job-1", input()).await.unwrap_err();
+    let before = world.count("bucket");
     let error = bench.runner.can_deliver().await.unwrap_err();
     assert!(error.code == Code::UploadFailed && !error.retryable, "{error:?}");
     // The next process finds the video that could not be uploaded.
@@ -100,7 +101,7 @@ async fn fault_71_a_bucket_is_in_doubt_from_a_failed_upload_to_its_next_answer()
     for runner in [&bench.runner, &bench.runner, &next.runner] {
         runner.can_deliver().await.unwrap();
     }
-    assert_eq!(world.count("bucket"), 4, "what has answered is not asked again");
+    assert_eq!(world.count("bucket") - before, 4, "what has answered is not asked again");
 }
 
 #[tokio::test]
