@@ -4,7 +4,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`cli`] | the verbs of the binary |
-//! | [`bench`] | stages to time |
+//! | [`mod@bench`] | stages to time |
 //! | [`config`] | settings from flags and environment variables, read once |
 //! | [`job`] | outputs and errors as they are sent; the one mapping from kinds to codes |
 //! | [`schema`] | JSON Schema of input and output |

@@ -5,8 +5,8 @@
 //! |---|---|
 //! | [`settings`] | which bucket, with which keys, and for how long |
 //! | [`key`] | object keys, which carry their expiry |
-//! | [`client`] | timeouts, retries, the time at the store |
-//! | [`upload`] | one request or equal parts |
+//! | `client` | timeouts, retries, the time at the store |
+//! | `upload` | one request or equal parts |
 //! | [`sweep`] | deletes what has expired |
 //! | [`spool`] | videos on disk until their upload is confirmed |
 //! | [`prune`] | an end for those whose upload never is |

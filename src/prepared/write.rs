@@ -39,7 +39,7 @@ impl Preparation {
     /// but headers. `monitor` sees what [`Preparation::run`] reads, and can end it.
     ///
     /// # Errors
-    /// Those of [`Selection::key`] and [`Selection::open_sources`]; `ModelNotFound` naming a source whose hash is not
+    /// Those of [`Selection::key`] and `Selection::open_sources`; `ModelNotFound` naming a source whose hash is not
     /// known; `ModelCorrupt` naming tensors that are missing, misshapen or left over.
     pub fn new(
         selection: &Selection,

@@ -1,8 +1,8 @@
 //! The jobs that were accepted: an embedded SQLite database that survives `kill -9` and power cuts.
 //!
-//! One thread writes and commits in groups ([`writer`]); readers have connections of their own. A job's media
+//! One thread writes and commits in groups (`writer`); readers have connections of their own. A job's media
 //! are not in here but in files, which are on disk before the job is. What is asked often and must be quick,
-//! such as counts and positions, is in memory and follows the database after each commit ([`memory`]).
+//! such as counts and positions, is in memory and follows the database after each commit (`memory`).
 //!
 //! Methods that read are not `async`: a read by key takes some microseconds, in which the page comes from
 //! memory, and sending it to another thread and back would take longer than that. Whatever waits for the disk is

@@ -5,11 +5,11 @@
 //!
 //! | reference | here |
 //! |---|---|
-//! | `Encoder3d`, `encoder.*` | [`encoder::Encoder`] |
-//! | `Decoder3d`, `decoder.*` | [`decoder::Decoder`] |
-//! | `ResidualBlock`, `AttentionBlock`, `RMS_norm` | [`blocks`] |
-//! | `Resample` | [`resample`] |
-//! | `feat_cache`, `feat_idx` | [`cache::Cache`] |
+//! | `Encoder3d`, `encoder.*` | `encoder::Encoder` |
+//! | `Decoder3d`, `decoder.*` | `decoder::Decoder` |
+//! | `ResidualBlock`, `AttentionBlock`, `RMS_norm` | `blocks` |
+//! | `Resample` | `resample` |
+//! | `feat_cache`, `feat_idx` | `cache::Cache` |
 //! | `conv1`, `conv2`, `WanVAE.scale` | [`Vae`] |
 //!
 //! Video goes through in chunks, one latent frame each, and every causal convolution keeps the last two frames
