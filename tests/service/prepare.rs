@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -17,7 +17,7 @@ use talkie::models::{clip_vision, umt5, wan, wan_vae, wav2vec2};
 use talkie::registry::{ModelSpec, Registry};
 use talkie::weights::{LoadPlan, Weights};
 
-use crate::support::{Bench, Outcome, handler, is_long};
+use crate::support::{Bench, Outcome, handler, is_long, with_small_files};
 
 const NETWORKS: [&str; 5] = ["dit", "vae", "text_encoder", "image_encoder", "audio_encoder"];
 /// Kills of a short run, and of a long one.
@@ -347,22 +347,6 @@ fn fault_41_a_volume_that_fills_during_a_preparation_is_an_error_and_what_was_wr
     assert!(!volume.names().iter().any(|name| name.ends_with(".safetensors") || name.ends_with(".json")));
     let report = volume.prepare(&["--skip-prompts"]).output();
     assert_eq!(states(&report), [("text_encoder".to_owned(), "resumed".to_owned())]);
-}
-
-/// What RLIMIT_FSIZE lets a file have: a full disk, for one process.
-fn with_small_files(command: &mut Command, bytes: u64) {
-    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
-    // SAFETY: both calls are safe between fork and exec, and get no pointer but one to a live `rlimit`. Ignored,
-    // the signal becomes the error EFBIG.
-    unsafe {
-        command.pre_exec(move || {
-            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
-            match libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) {
-                0 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
-            }
-        });
-    }
 }
 
 #[test]

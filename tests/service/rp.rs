@@ -7,7 +7,7 @@ use tempfile::TempDir;
 
 use crate::media;
 use crate::runner::{input, with};
-use crate::support::{Outcome, Server, handler, ok};
+use crate::support::{Outcome, Server, handler, ok, with_small_files};
 
 /// Runs one local job in `dir`.
 fn test_input(dir: &TempDir, args: &[&str]) -> Outcome {
@@ -85,23 +85,6 @@ fn kill_points_of_a_generation_leave_nothing_that_the_next_start_trips_over() {
     let output = test_input(&dir, &["--allow-private-urls", "--test_input", &job]).output();
     assert_eq!(output["output"]["frames"], 8);
     assert_eq!(std::fs::read_dir(dir.path().join("spool/videos")).unwrap().count(), 0);
-}
-
-/// What RLIMIT_FSIZE lets a file have: a full disk, for one process.
-fn with_small_files(command: &mut std::process::Command, bytes: u64) {
-    use std::os::unix::process::CommandExt;
-    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
-    // SAFETY: both calls are safe between fork and exec, and get no pointer but one to a live `rlimit`. Ignored,
-    // the signal becomes the error EFBIG.
-    unsafe {
-        command.pre_exec(move || {
-            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
-            match libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) {
-                0 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
-            }
-        });
-    }
 }
 
 #[test]

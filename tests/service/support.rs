@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
@@ -22,6 +23,22 @@ pub fn handler() -> Command {
 /// Whether the loops run in full, as in `scripts/crash-suite.sh`.
 pub fn is_long() -> bool {
     std::env::var_os("TALKIE_LONG").is_some_and(|set| set == "1")
+}
+
+/// What RLIMIT_FSIZE lets a file have: a full disk, for one process.
+pub fn with_small_files(command: &mut Command, bytes: u64) {
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+    // SAFETY: both calls are safe between fork and exec, and get no pointer but one to a live `rlimit`. Ignored,
+    // the signal becomes the error EFBIG.
+    unsafe {
+        command.pre_exec(move || {
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+            match libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        });
+    }
 }
 
 /// The settings of the quickest video: the model `tiny`, one step, windows of 17 frames.
