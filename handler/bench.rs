@@ -4,19 +4,26 @@
 //! `handler bench` and `cargo bench` (`tests/benches/stages.rs`) time the same stages. A stage serialises to what
 //! `tests/benches/peer.py` needs to do the same work in PyTorch.
 
+mod measure;
+pub mod parity;
+mod roofline;
 mod video;
+
+use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use serde::Serialize;
-use std::time::{Duration, Instant};
 use talkie::Result;
+use talkie::device::compute_dtype;
 use talkie::media::video::{H264Encoder, I420, Quality};
 use talkie::models::{clip_vision, umt5, wan, wan_vae, wav2vec2};
 use talkie::nn::{Mask, attention};
-use talkie::registry::ModelSpec;
+use talkie::registry::{ModelSpec, Source};
 use talkie::weights::Weights;
 
+pub use measure::{Measured, measure};
+pub use roofline::Roofline;
 pub use video::Video;
 
 /// Rows of CLIP's output: a class token and 16 × 16 patches.
@@ -35,6 +42,9 @@ const SEED: u64 = 42;
 pub struct Stage {
     /// Unique among the stages of a model. With `real_` in front, a layer has the width of the real checkpoint.
     pub name: &'static str,
+    /// The dtype of weights and activations.
+    #[serde(skip)]
+    pub dtype: DType,
     /// What is done, and on which shapes.
     #[serde(flatten)]
     pub work: Work,
@@ -116,31 +126,93 @@ pub enum Work {
 /// Something to do again and again.
 pub type Run = Box<dyn FnMut() -> Result<()>>;
 
-/// The stages of a model, at its default size with a square portrait, and layers of the real checkpoints that take
-/// no more than seconds on two slow cores.
+/// How much less than the whole model is timed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cut {
+    /// Layers of each transformer, at most.
+    pub layers: Option<usize>,
+    /// Frames of a window, 4n + 1, in place of the model's.
+    pub frames: Option<usize>,
+}
+
+impl Cut {
+    fn apply(&self, model: &ModelSpec) -> ModelSpec {
+        let mut model = model.clone();
+        if let Some(most) = self.layers {
+            let cut = |layers: &mut usize| *layers = most.min(*layers);
+            cut(&mut model.dit.config.num_layers);
+            cut(&mut model.text_encoder.config.num_layers);
+            cut(&mut model.audio_encoder.config.num_hidden_layers);
+            // The last layer of CLIP is not used.
+            let clip = &mut model.image_encoder.config.vision_layers;
+            *clip = (most + 1).min(*clip);
+        }
+        model
+    }
+}
+
+/// The stages of a model on `device`, at its default size with a square portrait. A model that is small enough to have
+/// random weights has a whole video among them, and layers of the real checkpoints that take no more than seconds on
+/// two slow cores.
 ///
 /// # Errors
 /// As [`ModelSpec::generation`] and [`ModelSpec::size`].
-pub fn stages(model: &ModelSpec) -> Result<Vec<Stage>> {
-    let video = Video::of(model, SAMPLES, PROMPT_TOKENS)?;
+pub fn stages(model: &ModelSpec, device: &Device, cut: Cut) -> Result<Vec<Stage>> {
+    let model = &cut.apply(model);
+    let mut video = Video::of(model, SAMPLES, PROMPT_TOKENS)?;
+    video.frames_per_window = cut.frames.unwrap_or(video.frames_per_window);
     let Video { height, width, frames_per_window: frames, .. } = video;
     let latents = [16, (frames - 1) / 4 + 1, height / 8, width / 8];
     let dit = model.dit.config.clone();
     let tokens = dit.tokens((latents[1], latents[2], latents[3]));
     let vae = model.vae.config.clone();
     let wav2vec2 = model.audio_encoder.config.clone();
-    let own = [
-        ("wav2vec2", Work::Wav2vec2 { network: wav2vec2, samples: SAMPLES }),
-        ("umt5", Work::Umt5 { network: model.text_encoder.config.clone(), tokens: PROMPT_TOKENS }),
-        ("clip", Work::Clip { network: model.image_encoder.config.clone(), height, width }),
-        ("vae_encode", Work::VaeEncode { network: vae.clone(), frames, height, width }),
-        ("attention", Work::Attention { shape: [1, tokens, dit.num_heads, dit.head_dim()] }),
-        ("dit_forward", Work::DitForward { network: dit, latents, tokens: PROMPT_TOKENS }),
-        ("vae_decode", Work::VaeDecode { network: vae, latents }),
-        ("h264_encode", Work::H264Encode { height, width, frames }),
-        ("video", Work::Video(video)),
+    let umt5 = Work::Umt5 { network: model.text_encoder.config.clone(), tokens: PROMPT_TOKENS };
+    let clip = Work::Clip { network: model.image_encoder.config.clone(), height, width };
+    let attention = Work::Attention { shape: [1, tokens, dit.num_heads, dit.head_dim()] };
+    let (dit_dtype, vae_dtype) = (model.dit.dtype(device), model.vae.dtype(device));
+    let stage = |name, dtype, work| Stage { name, dtype, work };
+    let mut stages = vec![
+        stage("wav2vec2", DType::F32, Work::Wav2vec2 { network: wav2vec2, samples: SAMPLES }),
+        stage("umt5", model.text_encoder.dtype(device), umt5),
+        stage("clip", model.image_encoder.dtype(device), clip),
+        stage("vae_encode", vae_dtype, Work::VaeEncode { network: vae.clone(), frames, height, width }),
+        stage("attention", dit_dtype, attention),
+        stage("dit_forward", dit_dtype, Work::DitForward { network: dit, latents, tokens: PROMPT_TOKENS }),
+        stage("vae_decode", vae_dtype, Work::VaeDecode { network: vae, latents }),
+        stage("h264_encode", DType::U8, Work::H264Encode { height, width, frames }),
     ];
-    Ok(own.into_iter().chain(real()).map(|(name, work)| Stage { name, work }).collect())
+    if matches!(model.dit.source, Source::Random(_)) {
+        stages.push(stage("video", dit_dtype, Work::Video(video)));
+        stages.extend(real().map(|(name, work)| stage(name, compute_dtype(device), work)));
+    }
+    Ok(stages)
+}
+
+/// The steps and passes of the estimate: the preset of the step-distilled LoRA, guided by neither text nor audio.
+const ESTIMATED_STEPS: usize = 4;
+
+/// How long a window takes, by the stages of `model` that were timed with `cut`, in `medians` (ms): seconds of work,
+/// and seconds of new video. `None` where a stage is missing, or a window makes no new frames.
+///
+/// # Errors
+/// As [`ModelSpec::generation`].
+pub fn estimate(model: &ModelSpec, cut: Cut, medians: &BTreeMap<&str, f64>) -> Result<Option<(f64, f64)>> {
+    let generation = model.generation(None, None)?;
+    let frames = cut.frames.unwrap_or(generation.frames_per_window);
+    let motion = generation.motion_frames;
+    let median = |name: &str| medians.get(name).map(|ms| ms / 1e3);
+    let (Some(dit), Some(encode), Some(decode), true) =
+        (median("dit_forward"), median("vae_encode"), median("vae_decode"), motion < frames)
+    else {
+        return Ok(None);
+    };
+    // All but the layers is little.
+    let layers = model.dit.config.num_layers;
+    let whole = layers as f64 / cut.layers.map_or(layers, |most| most.min(layers)) as f64;
+    // A window after the first encodes the frames that it takes over; what the portrait says is kept.
+    let work = ESTIMATED_STEPS as f64 * dit * whole + encode * motion as f64 / frames as f64 + decode;
+    Ok(Some((work, (frames - motion) as f64 / f64::from(talkie::request::FPS))))
 }
 
 /// Layers as wide as those of the real checkpoints. The DiT has the width and heads of Wan's 1.3B model and two of
@@ -203,17 +275,13 @@ impl Stage {
     /// How much is done in one run, and in which unit.
     pub fn amount(&self) -> (f64, &'static str) {
         match &self.work {
-            Work::Attention { shape: [b, l, n, d] } => {
-                (4e-9 * (b * n * d) as f64 * (*l as f64).powi(2), "GFLOP")
-            }
+            Work::Attention { .. } => (1.0, "calls"),
             Work::Wav2vec2 { samples, .. } => (*samples as f64 / 16e3, "s of speech"),
             Work::Umt5 { tokens, .. } => (*tokens as f64, "tokens"),
             Work::Clip { .. } => (1.0, "images"),
             Work::VaeEncode { frames, .. } | Work::H264Encode { frames, .. } => (*frames as f64, "frames"),
             Work::VaeDecode { latents: [_, t, ..], .. } => ((4 * t - 3) as f64, "frames"),
-            Work::DitForward { network, .. } => {
-                (1e-9 * network.forward_flops(self.dit_tokens(), IMAGE_ROWS), "GFLOP")
-            }
+            Work::DitForward { .. } => (1.0, "passes"),
             Work::Video(video) => (video.frames as f64, "frames"),
         }
     }
@@ -231,9 +299,11 @@ impl Stage {
     /// # Errors
     /// [`talkie::ErrorKind::Inference`] when a network cannot be built from its config.
     pub fn prepare(&self, device: &Device) -> Result<Run> {
+        let weights = || weights(self.dtype, device);
         Ok(match self.work.clone() {
             Work::Attention { shape } => {
-                let [q, k, v] = [randn(&shape, device)?, randn(&shape, device)?, randn(&shape, device)?];
+                let drawn = || Ok::<_, talkie::Error>(randn(&shape, device)?.to_dtype(self.dtype)?);
+                let [q, k, v] = [drawn()?, drawn()?, drawn()?];
                 let scale = (shape[3] as f64).powf(-0.5);
                 Box::new(move || {
                     attention(&q, &k, &v, scale, &Mask::None)?;
@@ -241,7 +311,7 @@ impl Stage {
                 })
             }
             Work::Wav2vec2 { network, samples } => {
-                let model = wav2vec2::Model::new(&network, weights(device))?;
+                let model = wav2vec2::Model::new(&network, weights())?;
                 let speech = randn(samples, device)?.to_vec1::<f32>()?;
                 let frames = wav2vec2::Model::frames(samples);
                 Box::new(move || {
@@ -250,7 +320,7 @@ impl Stage {
                 })
             }
             Work::Umt5 { network, tokens } => {
-                let model = umt5::Model::new(&network, weights(device))?;
+                let model = umt5::Model::new(&network, weights())?;
                 let ids = token_ids(tokens, network.vocab);
                 Box::new(move || {
                     model.encode(&ids)?;
@@ -258,7 +328,7 @@ impl Stage {
                 })
             }
             Work::Clip { network, height, width } => {
-                let model = clip_vision::Model::new(&network, weights(device))?;
+                let model = clip_vision::Model::new(&network, weights())?;
                 let frame = randn((3, 1, height, width), device)?;
                 Box::new(move || {
                     model.forward(&model.preprocess(&frame)?)?;
@@ -266,7 +336,7 @@ impl Stage {
                 })
             }
             Work::VaeEncode { network, frames, height, width } => {
-                let vae = wan_vae::Vae::new(&network, weights(device))?;
+                let vae = wan_vae::Vae::new(&network, weights())?;
                 let video = randn((3, frames, height, width), device)?.clamp(-1f32, 1f32)?;
                 Box::new(move || {
                     vae.encode(&video)?;
@@ -274,23 +344,30 @@ impl Stage {
                 })
             }
             Work::VaeDecode { network, latents } => {
-                let vae = wan_vae::Vae::new(&network, weights(device))?;
+                let vae = wan_vae::Vae::new(&network, weights())?;
                 let latents = randn(&latents, device)?;
                 Box::new(move || {
                     vae.decode(&latents)?;
                     Ok(())
                 })
             }
-            Work::DitForward { network, latents, tokens } => dit_forward(&network, latents, tokens, device)?,
+            Work::DitForward { network, latents, tokens } => {
+                dit_forward(&network, latents, tokens, (weights(), device))?
+            }
             Work::H264Encode { height, width, frames } => h264_encode(height, width, frames)?,
             Work::Video(video) => video.prepare(device)?,
         })
     }
 }
 
-fn dit_forward(cfg: &wan::Config, latents: [usize; 4], tokens: usize, device: &Device) -> Result<Run> {
+fn dit_forward(
+    cfg: &wan::Config,
+    latents: [usize; 4],
+    tokens: usize,
+    (weights, device): (VarBuilder, &Device),
+) -> Result<Run> {
     let [_, t, h, w] = latents;
-    let model = wan::Model::new(cfg, weights(device))?;
+    let model = wan::Model::new(cfg, weights)?;
     let prompt = randn((tokens, cfg.text_dim), device)?;
     let context = model.encode_context(&prompt, &randn((1, IMAGE_ROWS, cfg.clip_dim), device)?)?;
     let frames = cfg.vae_scale * (t - 1) + 1;
@@ -320,25 +397,8 @@ fn h264_encode(height: usize, width: usize, frames: usize) -> Result<Run> {
     }))
 }
 
-/// The milliseconds of each of `runs` runs on `device`, after one that is not counted. Work that the device does in
-/// the background is waited for before the clock stops.
-///
-/// # Errors
-/// What the work returns.
-pub fn measure(run: &mut Run, runs: usize, device: &Device) -> Result<Vec<f64>> {
-    let mut once = || -> Result<Duration> {
-        let start = Instant::now();
-        run()?;
-        device.synchronize()?;
-        Ok(start.elapsed())
-    };
-    once()?;
-    (0..runs).map(|_| Ok(once()?.as_secs_f64() * 1e3)).collect()
-}
-
-/// Weights in the dtype that `device` computes in.
-fn weights(device: &Device) -> VarBuilder<'static> {
-    Weights::random(SEED).var_builder(talkie::device::compute_dtype(device), device)
+fn weights(dtype: DType, device: &Device) -> VarBuilder<'static> {
+    Weights::random(SEED).var_builder(dtype, device)
 }
 
 /// Normally distributed values: the work takes as long for any.
@@ -352,16 +412,18 @@ fn token_ids(tokens: usize, vocab: usize) -> Vec<u32> {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
     use std::collections::BTreeSet;
-    use std::rc::Rc;
 
     use talkie::registry::Registry;
 
     use super::*;
 
+    fn of_model(name: &str, cut: Cut) -> Vec<Stage> {
+        stages(Registry::built_in().unwrap().model(name).unwrap(), &Device::Cpu, cut).unwrap()
+    }
+
     fn tiny() -> Vec<Stage> {
-        stages(Registry::built_in().unwrap().model("tiny").unwrap()).unwrap()
+        of_model("tiny", Cut::default())
     }
 
     fn of(name: &str) -> Stage {
@@ -399,23 +461,34 @@ mod tests {
     }
 
     #[test]
-    fn operations_are_counted() {
-        let stage = |work| Stage { name: "", work };
-        // Two products of 2 · 10 · 10 · 4 operations for each of 3 heads.
-        let (gflop, unit) = stage(Work::Attention { shape: [1, 10, 3, 4] }).amount();
-        assert_eq!(unit, "GFLOP");
-        assert!((gflop - 4800e-9).abs() < 1e-12);
-        let network = wan::Config {
-            dim: 8,
-            ffn_dim: 16,
-            num_layers: 2,
-            text_len: 5,
-            context_tokens: 3,
-            ..wan::Config::infinitetalk_14b()
-        };
-        let dit = stage(Work::DitForward { network, latents: [16, 2, 4, 6], tokens: 5 });
-        // 2 · (2 · 12 tokens · (8 · 8² + 2 · 8 · 16) + 4 · 12 · (12 + 5 + 257 + 3) · 8)
-        assert!((dit.amount().0 - 249_600e-9).abs() < 1e-12, "{}", dit.amount().0);
+    fn a_model_of_full_size_is_timed_by_its_networks_and_can_be_cut() {
+        let whole = of_model("infinitetalk", Cut::default());
+        let names: Vec<_> = whole.iter().map(|stage| stage.name).collect();
+        assert!(
+            names.contains(&"dit_forward") && !names.iter().any(|name| name.contains("video")),
+            "{names:?}"
+        );
+        assert!(whole.iter().any(|stage| stage.shape() == "L=33600, dim 5120 × 40"));
+        let cut = of_model("infinitetalk", Cut { layers: Some(1), frames: Some(5) });
+        assert!(cut.iter().any(|stage| stage.shape() == "L=3200, dim 5120 × 1"));
+        assert!(cut.iter().any(|stage| stage.shape() == "L=257, dim 1280 × 1"));
+    }
+
+    #[test]
+    fn a_window_is_estimated_from_its_parts() {
+        let registry = Registry::built_in().unwrap();
+        let model = registry.model("infinitetalk").unwrap();
+        let medians = BTreeMap::from([("dit_forward", 300.0), ("vae_encode", 900.0), ("vae_decode", 2000.0)]);
+        let cut = Cut { layers: Some(4), frames: None };
+        let (work, video) = estimate(model, cut, &medians).unwrap().unwrap();
+        // Four passes of ten times four layers; 9 of 81 frames encoded; 72 new frames at 25 a second.
+        assert!(
+            (work - (4.0 * 3.0 + 0.1 + 2.0)).abs() < 1e-9 && (video - 2.88).abs() < 1e-9,
+            "{work} {video}"
+        );
+        assert!(estimate(model, cut, &BTreeMap::new()).unwrap().is_none());
+        let short = Cut { layers: None, frames: Some(5) };
+        assert!(estimate(model, short, &medians).unwrap().is_none());
     }
 
     #[test]
@@ -426,17 +499,5 @@ mod tests {
                 .and_then(|mut run| run())
                 .unwrap_or_else(|e| panic!("{name}: {e}"));
         }
-    }
-
-    #[test]
-    fn the_first_run_is_not_counted() {
-        let calls = Rc::new(Cell::new(0));
-        let counter = Rc::clone(&calls);
-        let mut run: Run = Box::new(move || {
-            counter.set(counter.get() + 1);
-            Ok(())
-        });
-        assert_eq!(measure(&mut run, 3, &Device::Cpu).unwrap().len(), 3);
-        assert_eq!(calls.get(), 4);
     }
 }

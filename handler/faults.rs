@@ -42,6 +42,7 @@ mod active {
 mod directives {
     use std::io::Write;
     use std::path::Path;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::Duration;
 
     use talkie::media::image::Size;
@@ -76,6 +77,8 @@ mod directives {
             /// Where it is made again at 480p, there is enough.
             only_720p: bool,
         },
+        /// Finds no memory the first time that this process is asked to.
+        OutOfMemoryOnce,
         /// Breaks the device.
         Sticky,
         /// Panics.
@@ -101,6 +104,7 @@ mod directives {
                 "abort" => Self::Abort,
                 "oom" => Self::OutOfMemory { only_720p: false },
                 "oom at 720p" => Self::OutOfMemory { only_720p: true },
+                "oom once" => Self::OutOfMemoryOnce,
                 "sticky" => Self::Sticky,
                 "panic" => Self::Panic,
                 "nan" => Self::Numeric,
@@ -127,6 +131,7 @@ mod directives {
                 progress(Progress { windows: 1, step, steps, ..Progress::at(Stage::Denoise) });
             };
             let cuda = |name: &str| Err(Error::new(ErrorKind::Inference, format!("DriverError({name})")));
+            const NO_MEMORY: &str = "CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\"";
             match self {
                 Self::Instant { bytes } => return stand_in(settings, output, *bytes),
                 Self::Wait => loop {
@@ -146,7 +151,12 @@ mod directives {
                     // The buckets of 480p have less than half the pixels of those of 720p.
                     let square = settings.video_size(Size { height: 512, width: 512 });
                     if !only_720p || square.height * square.width > LARGE {
-                        return cuda("CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\"");
+                        return cuda(NO_MEMORY);
+                    }
+                }
+                Self::OutOfMemoryOnce => {
+                    if !RAN_OUT.swap(true, Ordering::Relaxed) {
+                        return cuda(NO_MEMORY);
                     }
                 }
                 Self::Sticky => return cuda("CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access\""),
@@ -165,6 +175,8 @@ mod directives {
             stand_in(settings, output, 0)
         }
     }
+
+    static RAN_OUT: AtomicBool = AtomicBool::new(false);
 
     /// More pixels than a square of `tiny` has at 480p.
     const LARGE: usize = 128 * 128;
@@ -202,6 +214,7 @@ mod directives {
             size_bytes,
             seed: settings.seed,
             thumbnail,
+            remade_windows: 0,
             timings: Timings::default(),
             loading: None,
             plan: None,

@@ -10,7 +10,7 @@ use candle_core::Device;
 use clap::ValueEnum;
 use reqwest::Url;
 use sha2::{Digest, Sha256};
-use talkie::device::Preference;
+use talkie::device::{self, Preference};
 use talkie::media::audio::{self, Voice};
 use talkie::media::image::{self, Portrait};
 use talkie::pipeline::{Cancel, Control, Inputs, Job, Loading, MEMORY_PLAN, Pipeline, Video};
@@ -47,6 +47,14 @@ impl From<DeviceChoice> for Preference {
             DeviceChoice::Cuda => Self::Cuda,
         }
     }
+}
+
+/// Opens the device of `choice`; `say` is told where a free choice falls on the processor, and why.
+///
+/// # Errors
+/// Those of [`device::select`].
+pub fn open_device(choice: DeviceChoice, say: impl FnOnce(&str)) -> Result<Device> {
+    device::select(choice.into(), |e| say(&format!("no GPU is used: {e}")))
 }
 
 /// A model that was chosen.
@@ -187,19 +195,19 @@ impl Generator {
         !self.pipeline.device().is_cpu()
     }
 
-    /// Makes the video, on the calling thread. Networks of a device that ran out of memory or broke are not kept.
+    /// Makes the video, on the calling thread. Networks of a device that ran out of memory or broke are not kept, and
+    /// the next video gets less of a memory that ran out.
     ///
     /// # Errors
     /// Any [`ErrorKind`] but those of requests and media.
     pub fn run(&mut self, job: Job<'_>, control: Control<'_>) -> Result<Video> {
         let made = self.pipeline.generate(job, control).map_err(classify);
-        // A plan that was refused has touched nothing.
-        let spoilt = |e: &Error| {
-            e.reason() != Some(MEMORY_PLAN)
-                && matches!(e.kind(), ErrorKind::OutOfMemory | ErrorKind::DeviceUnavailable)
-        };
-        if made.as_ref().is_err_and(spoilt) {
-            self.pipeline.clear();
+        match &made {
+            // A plan that was refused has touched nothing.
+            Err(e) if e.reason() == Some(MEMORY_PLAN) => {}
+            Err(e) if e.kind() == ErrorKind::OutOfMemory => self.pipeline.step_down(),
+            Err(e) if e.kind() == ErrorKind::DeviceUnavailable => self.pipeline.clear(),
+            _ => {}
         }
         made
     }
@@ -225,13 +233,16 @@ const STICKY: [&str; 12] = [
     "CUDA_ERROR_CONTEXT_IS_DESTROYED",
 ];
 
+/// What the driver, and cuBLAS, say where a GPU has too little memory.
+const OUT_OF_MEMORY: [&str; 2] = ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"];
+
 /// Tells the two errors of a GPU that are not the job's own from those that are, by the driver's names for them.
 pub fn classify(e: Error) -> Error {
     if e.kind() != ErrorKind::Inference {
         return e;
     }
     let text = e.to_string();
-    if text.contains("CUDA_ERROR_OUT_OF_MEMORY") {
+    if OUT_OF_MEMORY.into_iter().any(|name| text.contains(name)) {
         let hint = "ask for 480p, or for fewer `frames_per_window`";
         return Error::new(ErrorKind::OutOfMemory, "the GPU has too little free memory for this video")
             .with_hint(hint)
@@ -263,6 +274,7 @@ pub fn describe(request: &GenerateRequest, path: &Path, video: &Video) -> Result
         height: video.size.height,
         seed: video.seed,
         preset: request.preset.map(|preset| preset.as_str().to_string()),
+        warnings: remade_warning(video.remade_windows).into_iter().collect(),
         timings: Timings {
             audio_ms: ms(video.timings.audio),
             encode_ms: ms(video.timings.encode),
@@ -275,6 +287,13 @@ pub fn describe(request: &GenerateRequest, path: &Path, video: &Video) -> Result
         peak_memory: PeakMemory { host_bytes: peak_host_bytes(), device_bytes: None },
         ..JobOutput::default()
     })
+}
+
+/// What is said about windows that had to be made again.
+fn remade_warning(windows: usize) -> Option<String> {
+    let were = if windows == 1 { "window was" } else { "windows were" };
+    (windows > 0)
+        .then(|| format!("{windows} {were} broken and made again without this machine's fast kernels"))
 }
 
 /// What a process did for `video` that a warm one does not do again, after `boot` and `fetch`.
@@ -344,8 +363,13 @@ mod tests {
     #[test]
     fn the_gpus_own_errors_are_told_from_the_jobs() {
         let inference = |text: &str| classify(Error::new(ErrorKind::Inference, text));
-        let oom = inference("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
-        assert_eq!((oom.kind(), oom.reason()), (ErrorKind::OutOfMemory, None));
+        for text in [
+            "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")",
+            "CublasError(CUBLAS_STATUS_ALLOC_FAILED)",
+        ] {
+            let oom = inference(text);
+            assert_eq!((oom.kind(), oom.reason()), (ErrorKind::OutOfMemory, None));
+        }
         let broken = inference("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access\")");
         assert_eq!((broken.kind(), broken.reason()), (ErrorKind::DeviceUnavailable, Some(DEVICE_BROKEN)));
         assert_eq!(inference("shape mismatch in matmul").kind(), ErrorKind::Inference);

@@ -39,6 +39,7 @@ pub mod config;
 pub mod deploy;
 pub mod disk;
 pub mod doctor;
+pub mod downgrade;
 pub mod executor;
 pub mod faults;
 pub mod gateway;

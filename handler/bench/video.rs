@@ -1,6 +1,6 @@
 //! A whole video: every network, every window, step and pass.
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 use serde::{Serialize, Serializer, ser::SerializeMap};
 use talkie::media::image::{Size, frames_to_rgb};
 use talkie::models::{clip_vision, umt5, wan, wan_vae, wav2vec2};
@@ -86,16 +86,18 @@ impl Video {
 
     pub(super) fn prepare(self, device: &Device) -> Result<Run> {
         let Self { model, generation, .. } = &self;
-        let dit = wan::Model::new(&model.dit.config, weights(device))?;
-        let vae = wan_vae::Vae::new(&model.vae.config, weights(device))?;
-        let clip = clip_vision::Model::new(&model.image_encoder.config, weights(device))?;
-        let wav2vec2 = wav2vec2::Model::new(&model.audio_encoder.config, weights(device))?;
-        let umt5 = umt5::Model::new(&model.text_encoder.config, weights(device))?;
+        let dit = wan::Model::new(&model.dit.config, weights(model.dit.dtype(device), device))?;
+        let vae = wan_vae::Vae::new(&model.vae.config, weights(model.vae.dtype(device), device))?;
+        let clip_weights = weights(model.image_encoder.dtype(device), device);
+        let clip = clip_vision::Model::new(&model.image_encoder.config, clip_weights)?;
+        let wav2vec2 = wav2vec2::Model::new(&model.audio_encoder.config, weights(DType::F32, device))?;
+        let umt5_weights = weights(model.text_encoder.dtype(device), device);
+        let umt5 = umt5::Model::new(&model.text_encoder.config, umt5_weights)?;
         let speech = randn(self.samples, device)?.to_vec1::<f32>()?;
         let portrait = randn((3, 1, self.height, self.width), device)?.clamp(-1f32, 1f32)?;
         let ids = token_ids(self.tokens, model.text_encoder.config.vocab);
         let sampling = Sampling {
-            frames_per_window: generation.frames_per_window,
+            frames_per_window: self.frames_per_window,
             motion_frames: generation.motion_frames,
             max_frames: self.frames,
             num_steps: generation.steps,

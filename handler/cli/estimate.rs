@@ -19,7 +19,7 @@ use super::install::runtime;
 use crate::cards::{CARDS, PRICE_SOURCE, PRICES_READ, Work};
 use crate::cold_start::{COLD_START, LastColdStart};
 use crate::config::Config;
-use crate::generate::Model;
+use crate::generate::{Model, open_device};
 use crate::interrupt::Interrupt;
 use crate::job::JobError;
 use crate::models::Installation;
@@ -69,7 +69,7 @@ pub(super) fn run(args: &Args, config: &Config) -> Result<Value, JobError> {
     let sizes = Sizes::of(spec, &settings, extent)?;
     let kind = pace::kind(args.request.device, &spec.name, &request, &settings.sampling);
     let paced = Paces::at(spool.join(PACES)).of(&kind);
-    let device = device::select(args.request.device.into())?;
+    let device = open_device(args.request.device, |_| ())?;
     let machine = machine(spec, &settings, extent, &sizes, &device, config.memory_limit, paced)?;
     let gpu = Needs::of(spec, &settings, extent, Processor::Gpu)?;
     let cards: Vec<Value> = CARDS

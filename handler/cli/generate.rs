@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use talkie::device;
 use talkie::pipeline::{Cancel, Control, Inputs, Job, Progress, Settings};
 use talkie::request::{GenerateRequest, MediaSource, Medium, OutputOptions};
 
@@ -11,6 +10,7 @@ use super::display::Display;
 use super::flags::Args;
 use super::install::install;
 use crate::config::Config;
+use crate::downgrade;
 use crate::generate::{self, Generator, Model, cold_start, file_url, ms, unwritable};
 use crate::inputs::Fetcher;
 use crate::interrupt::Interrupt;
@@ -88,7 +88,7 @@ impl Generation<'_> {
             None => None,
         };
 
-        let settings = Settings::resolve(&request, &model.spec)?;
+        let mut settings = Settings::resolve(&request, &model.spec)?;
 
         let inputs_began = Instant::now();
         let (inputs, mut heard) = self.inputs(&mut request, screen)?;
@@ -96,17 +96,33 @@ impl Generation<'_> {
         let inputs_time = inputs_began.elapsed();
         tracing::info!(?request, ms = ms(inputs_time), "the inputs are sound");
         self.interrupt.cancel().check()?;
+        let display = &screen.display;
+        let device =
+            generate::contained(|| generate::open_device(self.args.device, |said| display.note(said)))?;
         let files = generate::files_of(&model.spec, hub, speakers, &settings.loras)?;
         let installed =
             install(hub, &files, false, self.interrupt.cancel(), &mut |update| screen.fetch(update))?;
-        let video = generate::contained(|| {
-            let (spec, settings, output) = (&model.spec, &settings, video_file.path());
-            let job = Job { spec, storage: &installed.storage, settings, inputs, output };
-            let progress = &mut |progress| screen.progress(progress);
-            let control = Control { cancel: self.interrupt.cancel(), progress };
-            let device = device::select(self.args.device.into())?;
-            Generator::new(device, self.config.memory_limit).run(job, control)
-        })?;
+        let mut generator = Generator::new(device, self.config.memory_limit);
+        let mut run = |settings: &Settings, screen: &mut Screen| {
+            generate::contained(|| {
+                let (spec, storage, output) = (&model.spec, &installed.storage, video_file.path());
+                let job = Job { spec, storage, settings, inputs: &inputs, output };
+                let progress = &mut |progress| screen.progress(progress);
+                generator.run(job, Control { cancel: self.interrupt.cancel(), progress })
+            })
+        };
+        let mut downgrades = Vec::new();
+        let video = match run(&settings, screen) {
+            Ok(video) => video,
+            Err(error) => match downgrade::lower(&error, &mut request, &mut settings, &model.spec)? {
+                Some(downgrade) => {
+                    screen.display.note(&format!("{error}; it is tried once more. {downgrade}"));
+                    downgrades.push(downgrade.to_string());
+                    run(&settings, screen)?
+                }
+                None => return Err(error),
+            },
+        };
         self.interrupt.cancel().check()?;
         tracing::info!(
             model = model.spec.name,
@@ -128,9 +144,10 @@ impl Generation<'_> {
         output.video_url = video_url;
         output.video_path = Some(video_path);
         output.model = model.spec.name;
+        output.downgrades = downgrades;
         output.timings.cold_start = cold_start(&video, boot, installed.duration);
         warnings.extend(video.loading.into_iter().flat_map(|loading| loading.notes));
-        output.warnings = warnings;
+        output.warnings.splice(0..0, warnings);
         output.timings.inputs_ms = ms(inputs_time);
         output.timings.total_ms = ms(screen.started.elapsed());
         Ok(output)

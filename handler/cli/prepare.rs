@@ -16,12 +16,12 @@ use talkie::prepared::{
 };
 use talkie::registry::{ModelSpec, RepoFiles, TokenizerSource};
 use talkie::weights::LoadMonitor;
-use talkie::{Error, ErrorKind, device};
+use talkie::{Error, ErrorKind};
 
 use super::display::Display;
 use super::install::install;
 use crate::config::Config;
-use crate::generate::{self, DeviceChoice, contained};
+use crate::generate::{self, DeviceChoice, contained, open_device};
 use crate::hub::{Hold, Hub, Meter, Phase, Progress, bytes};
 use crate::interrupt::Interrupt;
 use crate::job::{Code, JobError};
@@ -179,7 +179,7 @@ impl Call<'_> {
         let speakers = self.args.speakers.into();
         let mut selection =
             Selection { spec: self.spec, storage: self.hub.storage(), speakers, loras: &loras };
-        let device = device::select(self.args.device.into())?;
+        let device = open_device(self.args.device, |said| display.note(said))?;
         // The sources come first: whoever fetches takes the lock of the volume as well.
         let mut installed = None;
         if !self.args.dry_run {

@@ -14,7 +14,6 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use talkie::device;
 use talkie::pipeline::{Cancel, Control, Inputs, Job, Progress, Settings, Stage, Video};
 use talkie::registry::{ModelSpec, ModelStorage};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
@@ -22,7 +21,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 pub use watch::Patience;
 
 use crate::faults::kill_point;
-use crate::generate::{DEVICE_BROKEN, DeviceChoice, Generator, cancelled, contained};
+use crate::generate::{DEVICE_BROKEN, DeviceChoice, Generator, cancelled, contained, open_device};
 use crate::job::{Code, JobError};
 use watch::Watch;
 
@@ -42,7 +41,7 @@ pub struct Work {
     /// What is asked for.
     pub settings: Settings,
     /// The opened image and voices.
-    pub inputs: Inputs,
+    pub inputs: Arc<Inputs>,
     /// The file to write.
     pub output: PathBuf,
     /// Ends the generation at the next step.
@@ -144,7 +143,7 @@ fn serve(commands: &mpsc::Receiver<Command>, choice: DeviceChoice, memory_limit:
             let generator = match &mut generator {
                 Some(generator) => generator,
                 none => {
-                    let device = contained(|| device::select(choice.into()))?;
+                    let device = contained(|| open_device(choice, |said| tracing::warn!("{said}")))?;
                     none.insert(Generator::new(device, memory_limit))
                 }
             };
@@ -180,7 +179,7 @@ fn compute(generator: &mut Generator, mut work: Work, watch: &Watch) -> talkie::
         spec: &work.spec,
         storage: &work.storage,
         settings: &work.settings,
-        inputs: work.inputs,
+        inputs: &work.inputs,
         output: &work.output,
     };
     generator.run(job, Control { cancel: &work.cancel, progress: &mut progress })

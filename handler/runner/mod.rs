@@ -16,11 +16,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 use talkie::pipeline::{self, Cancel, Inputs, Settings, Video};
-use talkie::request::{Draft, GenerateRequest, MediaSource, Size};
+use talkie::request::{Draft, GenerateRequest, MediaSource};
 
 pub use settings::{RunnerArgs, RunnerSettings};
 
 use crate::cold_start::{COLD_START, LastColdStart};
+use crate::downgrade;
 use crate::executor::{Executor, Work};
 use crate::generate::{self, Model, cancelled, cold_start, contained, ms};
 use crate::hub::{self, Installed};
@@ -249,7 +250,7 @@ impl Shared {
         let (mut plan, inputs) = unless_cancelled(cancel, self.prepare(order, reporter)).await?;
         let video = self.spool.job(id)?;
         reporter.expect(self.paces.of(&plan.kind(&self.settings)));
-        let made = self.compute(&mut plan, inputs, &video, (cancel, reporter)).await?;
+        let made = self.compute(&mut plan, inputs.into(), &video, (cancel, reporter)).await?;
         if let Some(per_window) = per_window(&made, reporter.windows.load(Ordering::Relaxed)) {
             self.paces.record(&plan.kind(&self.settings), per_window);
         }
@@ -335,37 +336,29 @@ impl Shared {
         Ok(files)
     }
 
-    /// Makes the video. What 720p has no memory for is made once more at 480p, unless the request forbids that;
-    /// the plan then says so.
+    /// Makes the video; where there is too little memory, once more with less. The plan then says so.
     async fn compute(
         &self,
         plan: &mut Plan,
-        inputs: Inputs,
+        inputs: Arc<Inputs>,
         video: &SpooledVideo,
         control: (&Cancel, &Arc<Reporter>),
     ) -> Result<Video, JobError> {
-        let may_shrink = plan.order.request.size == Size::P720 && !plan.order.request.strict;
-        let again = may_shrink.then(|| copy(&inputs));
-        let made = self.executor.generate(self.work(plan, inputs, video, control)).await;
-        match (made, again) {
-            (Err(e), Some(inputs)) if e.code == Code::GpuOutOfMemory => {
-                tracing::warn!("{e}; it is tried at 480p");
-                plan.downgrades
-                    .push("size: 480p in place of 720p, for which the GPU has too little memory".into());
-                plan.order.request.size = Size::P480;
-                let seed = plan.order.settings.seed;
-                plan.order.settings =
-                    Settings { seed, ..Settings::resolve(&plan.order.request, &plan.order.model.spec)? };
-                self.executor.generate(self.work(plan, inputs, video, control)).await
-            }
-            (made, _) => made,
-        }
+        let made = self.executor.generate(self.work(plan, &inputs, video, control)).await;
+        let Err(error) = made else { return made };
+        let Order { request, settings, model, .. } = &mut plan.order;
+        let Some(downgrade) = downgrade::lower(&error, request, settings, &model.spec)? else {
+            return Err(error);
+        };
+        tracing::warn!("{error}; it is tried once more. {downgrade}");
+        plan.downgrades.push(downgrade.into());
+        self.executor.generate(self.work(plan, &inputs, video, control)).await
     }
 
     fn work(
         &self,
         plan: &Plan,
-        inputs: Inputs,
+        inputs: &Arc<Inputs>,
         video: &SpooledVideo,
         (cancel, reporter): (&Cancel, &Arc<Reporter>),
     ) -> Work {
@@ -374,7 +367,7 @@ impl Shared {
             spec: plan.order.model.spec.clone(),
             storage: plan.installed.storage.clone(),
             settings: plan.order.settings.clone(),
-            inputs,
+            inputs: inputs.clone(),
             output: video.path(),
             cancel: cancel.clone(),
             progress: Box::new(move |progress| reporter.progress(progress)),
@@ -417,8 +410,8 @@ async fn describe(plan: &Plan, made: &Video, video: &SpooledVideo) -> Result<Job
     let mut output = described.map_err(|e| ended_early(&e))??;
     output.model = plan.order.model.spec.name.clone();
     output.downgrades = plan.downgrades.clone();
-    output.warnings = plan.order.warnings.clone();
-    output.warnings.extend(made.loading.iter().flat_map(|loading| loading.notes.iter().cloned()));
+    let notes = made.loading.iter().flat_map(|loading| loading.notes.iter().cloned());
+    output.warnings.splice(0..0, plan.order.warnings.iter().cloned().chain(notes));
     output.timings.inputs_ms = ms(plan.inputs_time);
     Ok(output)
 }
@@ -446,13 +439,4 @@ async fn blocking<T: Send + 'static>(
 
 fn ended_early(e: &tokio::task::JoinError) -> JobError {
     JobError::new(Code::Internal, format!("a part of the job has ended early: {e}"))
-}
-
-/// The same inputs once more.
-fn copy(inputs: &Inputs) -> Inputs {
-    Inputs {
-        portrait: inputs.portrait.clone(),
-        voice: inputs.voice.clone(),
-        second_voice: inputs.second_voice.clone(),
-    }
 }

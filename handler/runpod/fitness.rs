@@ -4,10 +4,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use talkie::device;
-
 use crate::disk::free_bytes;
-use crate::generate::DeviceChoice;
+use crate::generate::{DeviceChoice, open_device};
 use crate::job::Code;
 
 /// A check that failed.
@@ -48,7 +46,7 @@ pub fn check(spool: &Path, min_free_bytes: u64, device: DeviceChoice) -> Result<
     }
     // Where the choice is free there is always a device; asking for it would cost the time to open it.
     if device == DeviceChoice::Cuda
-        && let Err(e) = device::select(device.into())
+        && let Err(e) = open_device(device, |_| ())
     {
         return unfit("device", Code::GpuUnavailable, e.to_string());
     }

@@ -6,6 +6,7 @@ use candle_core::{D, DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{self, Matrix, Values};
+use super::{kernels, work};
 
 /// Which keys a query may see.
 #[derive(Clone, Debug)]
@@ -41,10 +42,19 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
         Mask::None => None,
         Mask::Bias(bias) => Some(bias.to_dtype(DType::F32)?.broadcast_as((batch, heads, q_len, k_len))?),
     };
-    match q.device().is_cpu() {
-        true => attention_cpu(q, k, v, scale, bias.as_ref())?.to_dtype(q.dtype()),
-        false => attention_composed(q, k, v, scale, bias.as_ref()),
+    let rows = batch * heads * q_len;
+    // The result is as large as the queries, but for values of another width.
+    work::note(|| Ok(2 * rows * k_len * (dim + v.dim(3)?)), &[q, k, v, q])?;
+    if q.device().is_cpu() && !kernels::are_plain() {
+        return attention_cpu(q, k, v, scale, bias.as_ref())?.to_dtype(q.dtype());
     }
+    #[cfg(feature = "cuda")]
+    if bias.is_none()
+        && let Some(found) = super::cuda::attention(q, k, v, scale)?
+    {
+        return Ok(found);
+    }
+    attention_composed(q, k, v, scale, bias.as_ref())
 }
 
 /// Attention of candle's operations, over blocks of rows.

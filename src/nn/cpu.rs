@@ -7,12 +7,15 @@ use std::ops::Deref;
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
+use super::kernels;
+
 /// Elements that one thread works on between two looks at the queue.
 const CHUNK: usize = 1 << 15;
 
-/// Whether all of `tensors` are f32 on the CPU: then a kernel runs, else its composition of candle's operations.
+/// Whether all of `tensors` are f32 on the CPU and plain kernels are not asked for: then a kernel runs, else its
+/// composition of candle's operations.
 pub(super) fn runs_on(tensors: &[&Tensor]) -> bool {
-    tensors.iter().all(|xs| xs.device().is_cpu() && xs.dtype() == DType::F32)
+    !kernels::are_plain() && tensors.iter().all(|xs| xs.device().is_cpu() && xs.dtype() == DType::F32)
 }
 
 /// The values of a tensor for which [`runs_on`] holds.

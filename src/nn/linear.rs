@@ -8,7 +8,7 @@ use candle_nn::VarBuilder;
 
 use super::activation::gelu_tanh_scalar;
 use super::cpu::{self, Matrix};
-use super::gelu_tanh;
+use super::{gelu_tanh, kernels, work};
 
 /// y = x Wᵀ + b.
 #[derive(Clone, Debug)]
@@ -48,28 +48,43 @@ impl Linear {
 
     /// Maps `xs` (…, in) to (…, out), in the dtype of `xs`.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        match xs.device().is_cpu() {
+        let ys = match xs.device().is_cpu() && !kernels::are_plain() {
             true => self.forward_cpu(xs, false),
-            false => self.forward_composed(xs),
-        }
+            false => self.forward_composed(xs, false),
+        };
+        self.noted(xs, ys?)
     }
 
     /// [`Linear::forward`], then the tanh approximation of GELU.
     pub fn forward_gelu_tanh(&self, xs: &Tensor) -> Result<Tensor> {
         // The reference rounds between the two, where that is a difference.
-        match cpu::runs_on(&[xs]) {
+        let ys = match cpu::runs_on(&[xs]) {
             true => self.forward_cpu(xs, true),
-            false => gelu_tanh(&self.forward(xs)?),
-        }
+            false if xs.device().is_cpu() => return gelu_tanh(&self.forward(xs)?),
+            false => self.forward_composed(xs, true),
+        };
+        self.noted(xs, ys?)
     }
 
-    fn forward_composed(&self, xs: &Tensor) -> Result<Tensor> {
+    fn noted(&self, xs: &Tensor, ys: Tensor) -> Result<Tensor> {
+        work::note(|| Ok(2 * ys.elem_count() * self.weight.dim(1)?), &[xs, &self.weight, &ys])?;
+        Ok(ys)
+    }
+
+    fn forward_composed(&self, xs: &Tensor, gelu: bool) -> Result<Tensor> {
         let (rows, shape) = self.output_shape(xs)?;
         let ys = xs.reshape((rows, ()))?.matmul(&self.weight.to_dtype(xs.dtype())?.t()?)?;
+        #[cfg(feature = "cuda")]
+        if let Some(bias) = &self.bias
+            && super::cuda::add_bias(&ys, bias, gelu)?
+        {
+            return ys.reshape(shape);
+        }
         let ys = match &self.bias {
             Some(bias) => ys.broadcast_add(&bias.to_dtype(xs.dtype())?)?,
             None => ys,
         };
+        let ys = if gelu { gelu_tanh(&ys)? } else { ys };
         ys.reshape(shape)
     }
 
@@ -182,7 +197,7 @@ mod tests {
             let in_dim = *shape.last().unwrap();
             for bias in [None, Some(randn(&[out_dim]))] {
                 let linear = Linear::from_parts(randn(&[out_dim, in_dim]), bias);
-                let expected = linear.forward_composed(&xs).unwrap();
+                let expected = kernels::plainly(|| linear.forward(&xs)).unwrap();
                 assert_close(&linear.forward(&xs).unwrap(), &expected, 1e-3);
                 let expected = expected.gelu().unwrap();
                 assert_close(&linear.forward_gelu_tanh(&xs).unwrap(), &expected, 1e-3);

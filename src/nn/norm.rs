@@ -6,6 +6,28 @@ use candle_core::{D, DType, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
 use super::cpu;
+use super::rope::Rope;
+
+/// `xs + ys · gate`, computed in f32 and rounded to the dtype of `xs`; without a gate, `xs + ys`. Both are (B, L, D),
+/// the gate (B, 1, D) in f32. Takes its terms, so that they are freed as soon as they are added.
+#[derive(Debug)]
+pub struct Sum<'a> {
+    /// What is added to.
+    pub xs: Tensor,
+    /// What is added.
+    pub ys: Tensor,
+    /// How much of it.
+    pub gate: Option<&'a Tensor>,
+}
+
+impl Sum<'_> {
+    fn value(self) -> Result<Tensor> {
+        match self.gate {
+            Some(gate) => residual_gate(&self.xs, &self.ys, gate),
+            None => self.xs + self.ys,
+        }
+    }
+}
 
 /// (x − mean) / sqrt(var + eps) · weight + bias over the last dimension.
 #[derive(Clone, Debug)]
@@ -30,8 +52,31 @@ impl LayerNorm {
                 |x, w, b, out| layer_norm_row(x, w, b, self.eps as f32, out),
             );
         }
-        let ys = standardize(xs, self.eps)?.broadcast_mul(&self.weight.to_dtype(DType::F32)?)?;
-        ys.broadcast_add(&self.bias.to_dtype(DType::F32)?)?.to_dtype(xs.dtype())
+        let (weight, bias) = (self.weight.to_dtype(DType::F32)?, self.bias.to_dtype(DType::F32)?);
+        #[cfg(feature = "cuda")]
+        if let Some(ys) = self.kernel(&weight, &bias).of(xs)? {
+            return Ok(ys);
+        }
+        standardize(xs, self.eps)?.broadcast_mul(&weight)?.broadcast_add(&bias)?.to_dtype(xs.dtype())
+    }
+
+    /// `sum` and its norm, in one pass where there is a kernel for it.
+    pub fn forward_sum(&self, sum: Sum) -> Result<(Tensor, Tensor)> {
+        #[cfg(feature = "cuda")]
+        {
+            let (weight, bias) = (self.weight.to_dtype(DType::F32)?, self.bias.to_dtype(DType::F32)?);
+            if let Some(made) = self.kernel(&weight, &bias).of_sum(&sum.xs, &sum.ys, sum.gate)? {
+                return Ok(made);
+            }
+        }
+        let xs = sum.value()?;
+        let ys = self.forward(&xs)?;
+        Ok((xs, ys))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn kernel<'a>(&self, weight: &'a Tensor, bias: &'a Tensor) -> super::cuda::LayerNorm<'a> {
+        super::cuda::LayerNorm { weight, bias, eps: self.eps, round: false }
     }
 }
 
@@ -47,14 +92,45 @@ pub fn layer_norm_modulated(xs: &Tensor, shift: &Tensor, scale: &Tensor, eps: f6
             |x, w, b, out| layer_norm_row(x, w, b, eps as f32, out),
         );
     }
+    #[cfg(feature = "cuda")]
+    if xs.dim(0)? == 1
+        && let Some(ys) = (super::cuda::LayerNorm { weight: &scale, bias: shift, eps, round: true }).of(xs)?
+    {
+        return Ok(ys);
+    }
     let ys = standardize(xs, eps)?.to_dtype(xs.dtype())?.to_dtype(DType::F32)?;
     ys.broadcast_mul(&scale)?.broadcast_add(shift)?.to_dtype(xs.dtype())
+}
+
+/// `sum` and its [`layer_norm_modulated`], in one pass where there is a kernel for it.
+pub fn sum_and_layer_norm_modulated(
+    sum: Sum,
+    shift: &Tensor,
+    scale: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if sum.xs.dim(0)? == 1 {
+        let kernel = super::cuda::LayerNorm { weight: &(scale + 1.0)?, bias: shift, eps, round: true };
+        if let Some(made) = kernel.of_sum(&sum.xs, &sum.ys, sum.gate)? {
+            return Ok(made);
+        }
+    }
+    let xs = sum.value()?;
+    let ys = layer_norm_modulated(&xs, shift, scale, eps)?;
+    Ok((xs, ys))
 }
 
 /// `xs + ys · gate`: `xs` and `ys` (B, L, D), `gate` (B, 1, D) in f32; computed in f32, in the dtype of `xs`.
 pub fn residual_gate(xs: &Tensor, ys: &Tensor, gate: &Tensor) -> Result<Tensor> {
     if cpu::runs_on(&[xs, ys, gate]) && xs.dim(0)? == 1 && xs.dims() == ys.dims() {
         return residual_gate_rows(xs, ys, gate);
+    }
+    #[cfg(feature = "cuda")]
+    if xs.dim(0)? == 1
+        && let Some(sum) = super::cuda::residual_gate(xs, ys, gate)?
+    {
+        return Ok(sum);
     }
     let ys = ys.to_dtype(DType::F32)?.broadcast_mul(gate)?;
     (xs.to_dtype(DType::F32)? + ys)?.to_dtype(xs.dtype())
@@ -82,10 +158,28 @@ impl RmsNorm {
                 |x, w, _, out| rms_norm_row(x, w, self.eps as f32, out),
             );
         }
+        #[cfg(feature = "cuda")]
+        if let Some(ys) = super::cuda::rms_rope(xs, Some((&self.weight, self.eps)), None)? {
+            return Ok(ys);
+        }
         let ys = xs.to_dtype(DType::F32)?;
         let mean_sq = ys.sqr()?.mean_keepdim(D::Minus1)?;
         let ys = ys.broadcast_div(&(mean_sq + self.eps)?.sqrt()?)?.to_dtype(xs.dtype())?;
         ys.broadcast_mul(&self.weight.to_dtype(xs.dtype())?)
+    }
+
+    /// Normalises `xs` (B, L, D), splits it into heads and turns them by `rope`: (B, L, N, D / N), in one pass where
+    /// there is a kernel for it.
+    pub fn forward_rotated(&self, xs: &Tensor, num_heads: usize, rope: &Rope) -> Result<Tensor> {
+        let (batch, len, dim) = xs.dims3()?;
+        let heads = (batch, len, num_heads, dim / num_heads);
+        #[cfg(feature = "cuda")]
+        if let Some(angles) = rope.angles_of(len, dim / num_heads)
+            && let Some(ys) = super::cuda::rms_rope(xs, Some((&self.weight, self.eps)), Some(angles))?
+        {
+            return ys.reshape(heads);
+        }
+        rope.rotate(&self.forward(xs)?.reshape(heads)?)
     }
 }
 

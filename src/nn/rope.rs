@@ -74,7 +74,18 @@ impl Rope {
         if cpu::runs_on(&[xs, &self.cos]) {
             return self.rotate_cpu(xs);
         }
+        #[cfg(feature = "cuda")]
+        if let Some(turned) = super::cuda::rms_rope(&xs.flatten_from(2)?, None, Some((&self.cos, &self.sin)))?
+        {
+            return turned.reshape(xs.shape());
+        }
         self.rotate_composed(xs)
+    }
+
+    /// Cosines and sines (L, D / 2), if the rotation is of `len` tokens and heads of `head_dim` channels.
+    #[cfg(feature = "cuda")]
+    pub(super) fn angles_of(&self, len: usize, head_dim: usize) -> Option<(&Tensor, &Tensor)> {
+        (self.cos.dims() == [len, head_dim / 2]).then_some((&self.cos, &self.sin))
     }
 
     fn rotate_composed(&self, xs: &Tensor) -> Result<Tensor> {

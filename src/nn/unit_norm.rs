@@ -18,6 +18,10 @@ pub fn unit_norm(xs: &Tensor, scale: &Tensor) -> Result<Tensor> {
     if cpu::runs_on(&[xs, scale]) {
         return rows(xs, scale, |x| x);
     }
+    #[cfg(feature = "cuda")]
+    if let Some(ys) = super::cuda::unit_norm(xs, scale, false)? {
+        return Ok(ys);
+    }
     let ys = xs.to_dtype(DType::F32)?;
     let norm = ys.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?.maximum(EPS)?;
     ys.broadcast_div(&norm)?.broadcast_mul(scale)?.to_dtype(xs.dtype())
@@ -27,6 +31,10 @@ pub fn unit_norm(xs: &Tensor, scale: &Tensor) -> Result<Tensor> {
 pub fn unit_norm_silu(xs: &Tensor, scale: &Tensor) -> Result<Tensor> {
     if cpu::runs_on(&[xs, scale]) {
         return rows(xs, scale, silu_scalar);
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(ys) = super::cuda::unit_norm(xs, scale, true)? {
+        return Ok(ys);
     }
     silu(&unit_norm(&xs.to_dtype(DType::F32)?, scale)?)?.to_dtype(xs.dtype())
 }

@@ -1,7 +1,6 @@
 //! One generation of the product: decoded inputs to an MP4.
 
-use std::cell::OnceCell;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -19,14 +18,14 @@ use super::progress::{Progress, Stage};
 use super::settings::{FPS, Settings};
 use super::shelf::Shelf;
 use super::supply::{Ledger, Reading, Supply};
+use super::texts::Texts;
 use crate::device::Processor;
 use crate::media::audio::{Soundtrack, Speakers, TARGET_LUFS, VOICE_RATE_HZ, Voice, normalize_to};
 use crate::media::image::{DEFAULT_FACE_SCALE, PersonMasks, Portrait, Size, frames_to_rgb};
 use crate::media::video::{AudioTrack, Quality, VideoOptions, VideoWriter, thumbnail_jpeg};
 use crate::models::{clip_vision, umt5, wan, wan_vae, wav2vec2};
-use crate::prepared::{NetworkKey, NetworkKind, PromptEmbeds, Selection};
-use crate::registry::{ModelSpec, ModelStorage, TokenizerSource};
-use crate::tokenizer::Tokenizer;
+use crate::prepared::{NetworkKind, Selection};
+use crate::registry::{ModelSpec, ModelStorage};
 use crate::weights::{LoadMonitor, LoadStats};
 use crate::{Error, ErrorKind, Result};
 
@@ -56,6 +55,8 @@ pub struct Video {
     pub seed: u64,
     /// The first frame as a JPEG, where it was asked for.
     pub thumbnail: Option<Vec<u8>>,
+    /// Windows that came out broken and were made again on plain kernels.
+    pub remade_windows: usize,
     /// Where the time went.
     pub timings: Timings,
     /// What was loaded for it; `None` where all networks were there.
@@ -115,7 +116,7 @@ pub struct Job<'a> {
     /// What is asked for.
     pub settings: &'a Settings,
     /// The opened image and voices.
-    pub inputs: Inputs,
+    pub inputs: &'a Inputs,
     /// The file to write, which appears when it is complete.
     pub output: &'a Path,
 }
@@ -127,6 +128,8 @@ pub struct Pipeline {
     limit: Option<u64>,
     /// What there was before anything was loaded.
     budget: Option<Budget>,
+    /// The most bytes of the device that the last plan took.
+    planned: Option<u64>,
     shelf: Shelf,
     texts: Option<Texts>,
 }
@@ -134,7 +137,7 @@ pub struct Pipeline {
 impl Pipeline {
     /// A pipeline without networks, which uses no more than `limit` bytes of `device`.
     pub fn new(device: Device, limit: Option<u64>) -> Self {
-        Self { device, limit, budget: None, shelf: Shelf::default(), texts: None }
+        Self { device, limit, budget: None, planned: None, shelf: Shelf::default(), texts: None }
     }
 
     /// Where it computes.
@@ -145,6 +148,13 @@ impl Pipeline {
     /// Drops all networks, as after an error of the device.
     pub fn clear(&mut self) {
         self.shelf = Shelf::default();
+    }
+
+    /// Drops all networks, and from now on plans with an eighth less than the last plan took: the device ran out of
+    /// memory in spite of it.
+    pub fn step_down(&mut self) {
+        self.clear();
+        self.limit = self.planned.map(|bytes| bytes - bytes / 8).or(self.limit);
     }
 
     /// Makes the video. Networks that an earlier one has left are used again; the others are read while those that
@@ -159,7 +169,7 @@ impl Pipeline {
         let Job { spec, storage, settings, inputs, output } = job;
         let extent = Extent {
             size: settings.video_size(inputs.portrait.size()),
-            frames: num_frames(&inputs, settings),
+            frames: num_frames(inputs, settings),
             persons: if inputs.second_voice.is_some() { 2 } else { 1 },
         };
         let selection = Selection { spec, storage, speakers: extent.persons, loras: &settings.loras };
@@ -174,6 +184,7 @@ impl Pipeline {
         let order = Order::new(selection, &self.device, kinds(settings, texts), &self.shelf)?;
         let activations = Activations::of(spec, settings, extent, Processor::of(&self.device));
         let plan = MemoryPlan::choose(order.weights(), activations, budget)?;
+        self.planned = Some(plan.device_bytes);
         let bytes_to_read = order.bytes_to_read();
         // A panic in what follows leaves nothing behind that could be broken.
         let mut shelf = std::mem::take(&mut self.shelf);
@@ -240,48 +251,6 @@ fn check_installed(selection: &Selection) -> Result<()> {
     Err(Error::new(ErrorKind::ModelNotFound, message).with_hint(hint))
 }
 
-/// What turns prompts into rows, beside the text encoder.
-struct Texts {
-    encoder: NetworkKey,
-    tokenizer_files: Vec<PathBuf>,
-    tokenizer: OnceCell<Tokenizer>,
-    stored: PromptEmbeds,
-}
-
-impl Texts {
-    /// Those of a model, `before` where they are the same.
-    fn of(selection: &Selection, device: &Device, before: Option<Self>) -> Result<Self> {
-        let encoder = selection.find(NetworkKind::TextEncoder)?.key;
-        let tokenizer_files = match &selection.spec.tokenizer {
-            TokenizerSource::Bytes => Vec::new(),
-            TokenizerSource::Files(repos) => selection.storage.paths(repos).collect(),
-        };
-        match before {
-            Some(texts) if texts.encoder == encoder && texts.tokenizer_files == tokenizer_files => Ok(texts),
-            _ => Ok(Self {
-                encoder,
-                tokenizer_files,
-                tokenizer: OnceCell::new(),
-                stored: PromptEmbeds::open(selection, device)?,
-            }),
-        }
-    }
-
-    /// Whether the rows of all prompts are stored.
-    fn cover(&self, settings: &Settings) -> bool {
-        let stored = |text: &str| self.stored.get(text).is_some();
-        stored(&settings.prompt) && (!settings.needs_negative_prompt() || stored(&settings.negative_prompt))
-    }
-
-    fn tokenizer(&self, selection: &Selection) -> Result<&Tokenizer> {
-        if let Some(tokenizer) = self.tokenizer.get() {
-            return Ok(tokenizer);
-        }
-        let tokenizer = selection.tokenizer()?;
-        Ok(self.tokenizer.get_or_init(|| tokenizer))
-    }
-}
-
 /// One generation, while its networks arrive.
 struct Run<'a> {
     device: &'a Device,
@@ -294,7 +263,7 @@ struct Run<'a> {
 impl Run<'_> {
     fn make(
         &self,
-        inputs: Inputs,
+        inputs: &Inputs,
         output: &Path,
         supply: &mut Supply,
         control: &mut Control,
@@ -303,9 +272,8 @@ impl Run<'_> {
         if supply.is_complete() {
             (control.progress)(Progress::at(Stage::Audio)); // else it is told what is read
         }
-        let (conditioning, audio, encode) = self.conditioning(&inputs, supply, control)?;
-        let track = audio_track(&inputs, settings, frames);
-        drop(inputs); // The track decodes the original bytes; the 16 kHz signals have been heard.
+        let (conditioning, audio, encode) = self.conditioning(inputs, supply, control)?;
+        let track = audio_track(inputs, settings, frames);
         let vae = supply.take::<wan_vae::Vae>(NetworkKind::Vae, control)?;
         let dit = supply.take::<wan::Model>(NetworkKind::Dit, control)?;
 
@@ -343,15 +311,16 @@ impl Run<'_> {
                 Ok(())
             },
         )?;
-        debug_assert_eq!(made, frames);
+        debug_assert_eq!(made.frames, frames);
         let closing = Instant::now();
         let summary = writer.finish()?;
         let mux = muxing + closing.elapsed();
         watch.tell(Progress { stage: Stage::Done, ..watch.last });
         let timings = watch.timings(muxing);
         let timings = Timings { audio, encode: encode + timings.encode, mux, ..timings };
-        let (size_bytes, seed) = (summary.size_bytes, settings.seed);
-        Ok(Video { frames, size, size_bytes, seed, thumbnail, timings, loading: None, plan: None })
+        let (size_bytes, seed, remade_windows) = (summary.size_bytes, settings.seed, made.remade);
+        let (loading, plan) = (None, None);
+        Ok(Video { frames, size, size_bytes, seed, thumbnail, remade_windows, timings, loading, plan })
     }
 
     /// What the DiT is told: voices, prompts and portrait, each as soon as its encoder is there. Beside it there is
@@ -374,7 +343,7 @@ impl Run<'_> {
                 true => None,
                 false => Some(supply.take::<umt5::Model>(NetworkKind::TextEncoder, control)?),
             };
-            let rows = |text: &str| self.context(encoder.as_deref(), text);
+            let rows = |text: &str| self.texts.rows(&self.selection, encoder.as_deref(), text);
             timed(&mut encode, || {
                 let negative = settings.needs_negative_prompt().then(|| rows(&settings.negative_prompt));
                 Ok((rows(&settings.prompt)?, negative.transpose()?))
@@ -424,20 +393,6 @@ impl Run<'_> {
             Ok(encoder.embed(&signal, len)?)
         };
         signals.into_iter().map(embed).collect()
-    }
-
-    /// A prompt's rows, as many as the DiT takes: those that are stored, else those that `encoder` makes.
-    fn context(&self, encoder: Option<&umt5::Model>, prompt: &str) -> Result<Tensor> {
-        let rows = match (self.texts.stored.get(prompt), encoder) {
-            (Some(stored), _) => stored.clone(),
-            (None, Some(encoder)) => {
-                let ids = self.texts.tokenizer(&self.selection)?.encode(prompt)?;
-                encoder.encode(&ids)?
-            }
-            (None, None) => return Err(Error::new(ErrorKind::Inference, "a prompt needs the text encoder")),
-        };
-        let most = self.selection.spec.dit.config.text_len;
-        Ok(rows.narrow(0, 0, rows.dim(0)?.min(most))?)
     }
 }
 

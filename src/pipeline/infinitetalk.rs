@@ -13,10 +13,10 @@ use super::color::match_colors;
 use super::guidance::Guidance;
 use super::plan::{Plan, Window};
 use super::progress::{Cancel, Progress, Stage};
-use super::teacache::{self, TeaCache};
+use super::teacache::{Residual, TeaCache};
 use super::windows::{gather, mirror_tail};
 use crate::models::{clip_vision, wan, wan_vae};
-use crate::nn::trace;
+use crate::nn::{kernels, trace};
 use crate::scheduler::{euler_step, timesteps};
 use crate::{Error, ErrorKind, Result};
 
@@ -121,13 +121,22 @@ struct Scene {
     y: Tensor,
 }
 
+/// What was made by [`generate_windows`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Generated {
+    /// Frames of the video.
+    pub frames: usize,
+    /// Windows that came out broken and were made again on plain kernels.
+    pub remade: usize,
+}
+
 /// Makes the video window by window and hands each window's new frames (3, F, H, W) in [−1, 1] to `sink`, in
-/// order; nothing of a window is kept but its motion frames. Returns how many frames were made.
+/// order; nothing of a window is kept but its motion frames.
 ///
 /// # Errors
 /// [`ErrorKind::InvalidInput`] for settings that do not fit together, [`ErrorKind::Cancelled`],
-/// [`ErrorKind::Numeric`] when a window is not finite, [`ErrorKind::Inference`], and what `noise` and `sink`
-/// return.
+/// [`ErrorKind::Numeric`] when a window is not finite or black, twice, [`ErrorKind::Inference`], and what `noise`
+/// and `sink` return.
 pub fn generate_windows(
     networks: Networks,
     conditioning: &Conditioning,
@@ -135,7 +144,7 @@ pub fn generate_windows(
     noise: &mut Noise,
     control: &mut Control,
     sink: &mut dyn FnMut(Tensor) -> Result<()>,
-) -> Result<usize> {
+) -> Result<Generated> {
     let mut maker = WindowMaker::new(networks, conditioning, sampling)?;
     let mut motion: Option<Tensor> = None;
     for window in maker.plan.windows() {
@@ -144,8 +153,11 @@ pub fn generate_windows(
         motion = Some(video.narrow(1, sampling.frames_per_window - keep, keep)?.contiguous()?);
         sink(video.narrow(1, window.skip, window.take)?)?;
     }
-    Ok(maker.plan.total_frames())
+    Ok(Generated { frames: maker.plan.total_frames(), remade: maker.remade })
 }
+
+/// A picture whose brightest value is below this, in [−1, 1], is black: two steps of 8 bits.
+const BLACK: f32 = -1.0 + 2.0 * 2.0 / 255.0;
 
 /// Makes single windows; what the reference frame determines is kept from one to the next.
 pub struct WindowMaker<'a> {
@@ -155,6 +167,7 @@ pub struct WindowMaker<'a> {
     plan: Plan,
     scene: Option<Scene>,
     no_audio: wan::Audio,
+    remade: usize,
 }
 
 impl<'a> WindowMaker<'a> {
@@ -167,15 +180,11 @@ impl<'a> WindowMaker<'a> {
         conditioning: &'a Conditioning,
         sampling: &'a Sampling,
     ) -> Result<Self> {
-        let Some(first) = conditioning.audio_embeds.first() else {
-            return Err(Error::new(ErrorKind::MissingField, "there is no audio embedding"));
-        };
+        let no_audio = no_audio(networks, conditioning, sampling)?;
         let lens =
             conditioning.audio_embeds.iter().map(|e| e.dim(0)).collect::<candle_core::Result<Vec<_>>>()?;
         let plan = Plan::new(sampling.frames_per_window, sampling.motion_frames, &lens, sampling.max_frames)?;
-        let silent = gather(&[first.zeros_like()?], 0, sampling.frames_per_window)?;
-        let no_audio = networks.dit.encode_audio(&silent)?;
-        Ok(Self { networks, conditioning, sampling, plan, scene: None, no_audio })
+        Ok(Self { networks, conditioning, sampling, plan, scene: None, no_audio, remade: 0 })
     }
 
     /// The windows that make the video.
@@ -184,11 +193,33 @@ impl<'a> WindowMaker<'a> {
     }
 
     /// All F frames of a window, (3, F, H, W) in [−1, 1], after colour matching. `motion` (3, M, H, W) are the last
-    /// frames of the window before, none for the first.
+    /// frames of the window before, none for the first. A window that comes out broken is made once more, with the
+    /// same noise, on plain kernels: ours may be at fault.
     ///
     /// # Errors
     /// Those of [`generate_windows`].
     pub fn make(
+        &mut self,
+        window: Window,
+        motion: Option<&Tensor>,
+        noise: &mut Noise,
+        control: &mut Control,
+    ) -> Result<Tensor> {
+        match self.attempt(window, motion, noise, control) {
+            Err(e) if e.kind() == ErrorKind::Numeric && !kernels::are_plain() => {
+                self.remade += 1;
+                kernels::plainly(|| {
+                    // What is kept from window to window may be broken as well.
+                    self.scene = None;
+                    self.no_audio = no_audio(self.networks, self.conditioning, self.sampling)?;
+                    self.attempt(window, motion, noise, control)
+                })
+            }
+            made => made,
+        }
+    }
+
+    fn attempt(
         &mut self,
         window: Window,
         motion: Option<&Tensor>,
@@ -216,12 +247,7 @@ impl<'a> WindowMaker<'a> {
         (control.progress)(self.progress(window, Stage::Decode, self.sampling.num_steps));
         let video = self.networks.vae.decode(&latents)?; // (3, F, H, W)
         trace::record(|| format!("w{w}.decoded"), &video);
-        let finite = video.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?.is_finite();
-        if !finite {
-            let message =
-                format!("window {} of {} holds values that are not finite", w + 1, self.plan.num_windows());
-            return Err(Error::new(ErrorKind::Numeric, message));
-        }
+        self.check(window, &video)?;
         let strength = self.sampling.color_correction;
         let video = match strength > 0.0 {
             true => match_colors(&video, &first_reference(self.conditioning)?.frame, strength)?,
@@ -229,6 +255,23 @@ impl<'a> WindowMaker<'a> {
         };
         trace::record(|| format!("w{w}.corrected"), &video);
         Ok(video)
+    }
+
+    /// Fails where the frames of a window are not finite, or black without a black portrait.
+    fn check(&self, window: Window, video: &Tensor) -> Result<()> {
+        let reference = &first_reference(self.conditioning)?.frame;
+        // One look at the device for all three.
+        let values = Tensor::stack(&[video.sum_all()?, video.max_all()?, reference.max_all()?], 0)?;
+        let [sum, brightest, of_reference] = values.to_vec1::<f32>()?[..] else {
+            return Err(Error::new(ErrorKind::Inference, "three values were asked for"));
+        };
+        let broken = match (sum.is_finite(), brightest < BLACK && of_reference >= BLACK) {
+            (false, _) => "holds values that are not finite",
+            (true, true) => "is black",
+            (true, false) => return Ok(()),
+        };
+        let message = format!("window {} of {} {broken}", window.index + 1, self.plan.num_windows());
+        Err(Error::new(ErrorKind::Numeric, message))
     }
 
     /// The audio embeddings around the window's frames, as the DiT's keys and values.
@@ -268,6 +311,14 @@ impl<'a> WindowMaker<'a> {
             };
             Some(dit.encode_context(negative, image_embeds)?)
         };
+        // The latents were made by the kernels that are now in doubt.
+        let latents = match kernels::are_plain() {
+            true => {
+                let window = self.sampling.frames_per_window;
+                &Reference::encode(self.networks.vae, frame.clone(), image_embeds.clone(), window)?.latents
+            }
+            false => latents,
+        };
         let y = Tensor::cat(&[&first_frame_mask(latents)?, latents], 0)?;
         trace::record(|| format!("w{w}.y"), &y);
         let prompt = dit.encode_context(context, image_embeds)?;
@@ -295,25 +346,34 @@ impl<'a> WindowMaker<'a> {
         };
         let masks = self.conditioning.masks.as_ref();
         let branches = guidance.branches();
-        let mut caches: Vec<_> = branches.iter().map(|_| teacache.as_ref().map(TeaCache::branch)).collect();
+        let mut residuals = vec![Residual::default(); branches.len()];
         let mut combine = guidance.start_window();
         let mut latents = with_motion(&noise)?;
-        for (step, t) in timesteps(*num_steps, *shift).windows(2).enumerate() {
+        let ts = timesteps(*num_steps, *shift);
+        let decisions = match teacache {
+            Some(cache) => {
+                let modulation = |t: &f32| Ok(dit.modulation(f64::from(*t))?.1);
+                let modulations = ts[..*num_steps].iter().map(modulation).collect::<Result<Vec<_>>>()?;
+                Some(cache.decide(&modulations)?)
+            }
+            None => None,
+        };
+        for (step, t) in ts.windows(2).enumerate() {
             control.cancel.check()?;
             (control.progress)(self.progress(window, Stage::Denoise, step));
             trace::record(|| format!("w{w}.step{step}.latent_in"), &latents);
             let embedded = dit.embed(&latents, &scene.y, f64::from(t[0]))?;
             let mut outputs = Vec::with_capacity(3);
-            for (pass, (branch, cache)) in branches.iter().zip(&mut caches).enumerate() {
+            for (pass, (branch, residual)) in branches.iter().zip(&mut residuals).enumerate() {
                 let context = match (&scene.negative_prompt, branch.has_prompt()) {
                     (Some(negative_prompt), false) => negative_prompt,
                     _ => &scene.prompt,
                 };
                 let audio = if branch.has_audio() { audio } else { &self.no_audio };
                 let blocks = || dit.blocks(&embedded, context, audio, masks);
-                let xs = match cache {
+                let xs = match &decisions {
                     None => blocks()?,
-                    Some(cache) => cached(cache, &embedded, blocks)?,
+                    Some(decisions) => residual.apply(decisions[step].skips, &embedded.xs, blocks)?,
                 };
                 let velocity = dit.head(&xs, &embedded)?;
                 trace::record(|| format!("w{w}.step{step}.pass{pass}"), &velocity);
@@ -337,26 +397,21 @@ impl<'a> WindowMaker<'a> {
     }
 }
 
+/// The keys and values of a window without audio.
+fn no_audio(networks: Networks, conditioning: &Conditioning, sampling: &Sampling) -> Result<wan::Audio> {
+    let Some(first) = conditioning.audio_embeds.first() else {
+        return Err(Error::new(ErrorKind::MissingField, "there is no audio embedding"));
+    };
+    let silent = gather(&[first.zeros_like()?], 0, sampling.frames_per_window)?;
+    Ok(networks.dit.encode_audio(&silent)?)
+}
+
 fn first_reference(conditioning: &Conditioning) -> Result<&Reference> {
     conditioning.references.first().map(|(_, reference)| reference).ok_or_else(no_reference)
 }
 
 fn no_reference() -> Error {
     Error::new(ErrorKind::InvalidInput, "there is no reference frame")
-}
-
-/// What `blocks` makes of the tokens, or what `cache` takes it to be.
-fn cached(
-    cache: &mut teacache::Branch,
-    embedded: &wan::Embedded,
-    blocks: impl FnOnce() -> candle_core::Result<Tensor>,
-) -> Result<Tensor> {
-    if cache.should_skip(&embedded.modulation)? {
-        return cache.reuse(&embedded.xs);
-    }
-    let xs = blocks()?;
-    cache.store(&embedded.xs, &xs)?;
-    Ok(xs)
 }
 
 /// Four mask channels beside `latents` (16, T, h, w): 1 in the first latent frame, which is given, else 0.

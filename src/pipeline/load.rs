@@ -10,7 +10,7 @@ use super::memory::{self, BLOCKS_IN_FLIGHT, MemoryPlan, Place};
 use super::shelf::{Form, Kept, Network, Shelf, Sizes};
 use super::supply::{Arrival, Ledger, Reading};
 use crate::Result;
-use crate::device::Processor;
+use crate::device::{Processor, Staged};
 use crate::models::{clip_vision, umt5, wan, wan_vae, wav2vec2};
 use crate::nn::Linear;
 use crate::prepared::{Found, NetworkKind, Selection};
@@ -266,7 +266,7 @@ impl One<'_> {
                 let weights = weights.watched_by(self.monitor.clone());
                 match (on_host, self.streams(kind)) {
                     (true, _) => {
-                        let weights = Arc::new(to_host(&weights, &plan, |_| true)?);
+                        let weights = Arc::new(Weights::from_tensors(to_host(&weights, &plan, |_| true)?));
                         (self.build(&weights, dtype, kind)?, 0, Some(weights))
                     }
                     (false, true) => {
@@ -303,25 +303,33 @@ impl One<'_> {
         let resident = self.plan.resident_blocks;
         let streamed: Vec<_> = (resident..config.num_layers).map(|i| format!("blocks.{i}.")).collect();
         let is_streamed = |name: &str| streamed.iter().any(|prefix| name.starts_with(prefix));
-        let source = Arc::new(BlockWeights { weights: OnceLock::new(), dtype, device: self.device.clone() });
+        let source = Arc::new(BlockWeights { blocks: OnceLock::new(), dtype, device: self.device.clone() });
         let mut others = unused.to_vec();
         others.extend(streamed.iter().map(|prefix| format!("{prefix}*")));
         let network = weights.load(dtype, self.device, &others, |vb| {
             wan::Model::with_streamed_blocks(config, vb, resident, source.clone())
         })?;
         let (blocks, host_bytes) = match self.plan.budget.host {
-            Some(_) => (to_host(&weights, plan, is_streamed)?, bytes_of(plan, Processor::Gpu, is_streamed)),
+            Some(_) => {
+                let tensors = to_host(&weights, plan, is_streamed)?;
+                let bytes = bytes_of(plan, Processor::Gpu, is_streamed);
+                (Blocks::OnHost(Staged::new(tensors, self.device)), bytes)
+            }
             // What is read later has nothing to do with this load.
-            None => (weights.watched_by(Arc::default()), 0),
+            None => (Blocks::InFiles(weights.watched_by(Arc::default())), 0),
         };
         // It is set here alone.
-        let _ = source.weights.set(blocks);
+        let _ = source.blocks.set(blocks);
         Ok((Arc::new(network), host_bytes))
     }
 }
 
 /// Those tensors of a planned network that are `wanted`, in host memory.
-fn to_host(weights: &Weights, plan: &LoadPlan, wanted: impl Fn(&str) -> bool) -> Result<Weights> {
+fn to_host(
+    weights: &Weights,
+    plan: &LoadPlan,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<HashMap<String, Tensor>> {
     let tensors = plan.tensors.iter().filter(|tensor| wanted(&tensor.name));
     let tensors: BTreeMap<_, _> = tensors.map(|tensor| (tensor.name.as_str(), tensor)).collect();
     let take = |vb: VarBuilder<'static>| -> candle_core::Result<HashMap<String, Tensor>> {
@@ -332,7 +340,7 @@ fn to_host(weights: &Weights, plan: &LoadPlan, wanted: impl Fn(&str) -> bool) ->
         tensors.iter().map(one).collect()
     };
     // What the network does not ask for was found when it was planned.
-    Ok(Weights::from_tensors(weights.load(DType::F32, &Device::Cpu, ALL, take)?))
+    weights.load(DType::F32, &Device::Cpu, ALL, take)
 }
 
 /// No tensors that a network does not ask for.
@@ -342,9 +350,15 @@ const ALL: &[&str] = &["*"];
 
 /// Blocks of the DiT from their weights, which are there once the rest of the network is.
 struct BlockWeights {
-    weights: OnceLock<Weights>,
+    blocks: OnceLock<Blocks>,
     dtype: DType,
     device: Device,
+}
+
+/// Where the blocks' weights are.
+enum Blocks {
+    OnHost(Staged),
+    InFiles(Weights),
 }
 
 impl wan::BlockSource for BlockWeights {
@@ -352,8 +366,9 @@ impl wan::BlockSource for BlockWeights {
         &self,
         build: &dyn Fn(VarBuilder<'static>) -> candle_core::Result<()>,
     ) -> candle_core::Result<()> {
-        match self.weights.get() {
-            Some(weights) => {
+        match self.blocks.get() {
+            Some(Blocks::OnHost(staged)) => staged.build(self.dtype, build),
+            Some(Blocks::InFiles(weights)) => {
                 weights.load(self.dtype, &self.device, ALL, build).map_err(candle_core::Error::wrap)
             }
             None => candle_core::bail!("a block was asked for before the network was there"),

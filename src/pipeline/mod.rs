@@ -15,12 +15,13 @@ mod settings;
 mod shelf;
 mod supply;
 pub mod teacache;
+mod texts;
 pub mod windows;
 
 pub use generate::{Inputs, Job, Loading, Pipeline, Timings, Video, num_frames};
 pub use guidance::{Apg, Branch, Combine, Guidance, orthogonal};
 pub use infinitetalk::{
-    Conditioning, Control, Networks, Noise, Reference, Sampling, WindowMaker, generate_windows,
+    Conditioning, Control, Generated, Networks, Noise, Reference, Sampling, WindowMaker, generate_windows,
 };
 pub use memory::{Activations, Budget, Extent, MEMORY_PLAN, MemoryPlan, Place, Rung, Weights};
 pub use plan::{Plan, Window};

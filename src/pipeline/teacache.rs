@@ -3,7 +3,7 @@
 //!
 //! After `teacache_init` and `forward` in `wan/modules/multitalk_model.py` of MeiGen-AI/InfiniteTalk at 0107cd9.
 //! The reference tells its guidance passes apart by counting calls modulo three, over all windows, which mixes
-//! them up when there are two passes a step; here each pass has a [`Branch`] of its own, made anew for every
+//! them up when there are two passes a step; here each pass has a [`Residual`] of its own, made anew for every
 //! window.
 
 use candle_core::Tensor;
@@ -32,9 +32,36 @@ impl TeaCache {
     /// The reference's number of steps that always run.
     pub const WARMUP_STEPS: usize = 5;
 
-    /// The state of one guidance pass at the start of a window.
-    pub fn branch(&self) -> Branch {
-        Branch { config: self.clone(), steps: 0, accumulated: 0.0, previous: None, residual: None }
+    /// What each step of a window does, given the modulations (1, 6, D) of all its steps in f32. They follow from the
+    /// timesteps alone, so the device is looked at once a window, before its first step, and guidance passes decide
+    /// alike.
+    pub fn decide(&self, modulations: &[Tensor]) -> Result<Vec<Decision>> {
+        let mut changes = vec![];
+        for pair in modulations.windows(2) {
+            let change = (&pair[1] - &pair[0])?.abs()?.mean_all()?;
+            changes.push((change / pair[0].abs()?.mean_all()?)?);
+        }
+        let changes = match changes.is_empty() {
+            true => vec![],
+            false => Tensor::stack(&changes, 0)?.to_vec1::<f32>()?,
+        };
+        let mut accumulated = 0.0;
+        let decide = |step: usize| {
+            // The first step has nothing to reuse.
+            let change = step.checked_sub(1).and_then(|before| changes.get(before));
+            let skips = match change {
+                Some(change) if step >= self.warmup_steps => {
+                    accumulated += self.estimate(f64::from(*change));
+                    accumulated < self.threshold
+                }
+                _ => false,
+            };
+            if !skips {
+                accumulated = 0.0;
+            }
+            Decision { skips, accumulated }
+        };
+        Ok((0..modulations.len()).map(decide).collect())
     }
 
     /// The estimated change of the blocks' output for a relative change `x` of the modulation.
@@ -43,53 +70,34 @@ impl TeaCache {
     }
 }
 
-/// What one guidance pass remembers between the steps of one window.
-#[derive(Clone, Debug)]
-pub struct Branch {
-    config: TeaCache,
-    steps: usize,
-    accumulated: f64,
-    previous: Option<Tensor>, // modulation of the step before
-    residual: Option<Tensor>, // what the blocks added when they last ran
+/// What one step does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Decision {
+    /// Whether the blocks are skipped.
+    pub skips: bool,
+    /// The estimated change since they last ran.
+    pub accumulated: f64,
 }
 
-impl Branch {
-    /// Whether the blocks can be skipped at this step, whose modulation is `modulation` (1, 6, D) in f32. Called
-    /// once per step: on true, [`Branch::reuse`] stands for the blocks; on false, they run and
-    /// [`Branch::store`] is told.
-    pub fn should_skip(&mut self, modulation: &Tensor) -> Result<bool> {
-        let previous = self.previous.replace(modulation.clone());
-        let warm = self.steps >= self.config.warmup_steps;
-        self.steps += 1;
-        let skip = match (previous, &self.residual) {
-            (Some(previous), Some(_)) if warm => {
-                let change = (modulation - &previous)?.abs()?.mean_all()?;
-                let change = (change / previous.abs()?.mean_all()?)?.to_scalar::<f32>()?;
-                self.accumulated += self.config.estimate(f64::from(change));
-                self.accumulated < self.config.threshold
-            }
-            _ => false,
-        };
-        if !skip {
-            self.accumulated = 0.0;
+/// What one guidance pass remembers between the steps of one window: what the blocks added when they last ran.
+#[derive(Clone, Debug, Default)]
+pub struct Residual(Option<Tensor>);
+
+impl Residual {
+    /// What `blocks` make of the tokens `xs` (1, L, D); where the step `skips` them, what they would, if they added
+    /// what they added when they last ran.
+    pub fn apply(
+        &mut self,
+        skips: bool,
+        xs: &Tensor,
+        blocks: impl FnOnce() -> candle_core::Result<Tensor>,
+    ) -> Result<Tensor> {
+        if !skips {
+            let ys = blocks()?;
+            self.0 = Some((&ys - xs)?);
+            return Ok(ys);
         }
-        Ok(skip)
-    }
-
-    /// The estimated change since the blocks last ran.
-    pub fn accumulated(&self) -> f64 {
-        self.accumulated
-    }
-
-    /// Notes that the blocks turned `before` into `after`, both (1, L, D).
-    pub fn store(&mut self, before: &Tensor, after: &Tensor) -> Result<()> {
-        self.residual = Some((after - before)?);
-        Ok(())
-    }
-
-    /// The blocks' output for the tokens `xs` (1, L, D), taken to add what they added when they last ran.
-    pub fn reuse(&self, xs: &Tensor) -> Result<Tensor> {
-        match &self.residual {
+        match &self.0 {
             Some(residual) => Ok((xs + residual)?),
             None => Err(Error::new(ErrorKind::Inference, "blocks were skipped before they ran once")),
         }
@@ -106,16 +114,9 @@ mod tests {
         Tensor::full(value, (1, 6, 4), &Device::Cpu).unwrap()
     }
 
-    fn run(cache: &TeaCache, values: &[f32]) -> Vec<bool> {
-        let mut branch = cache.branch();
-        let decide = |&value: &f32| {
-            let skip = branch.should_skip(&modulation(value)).unwrap();
-            if !skip {
-                branch.store(&modulation(0.0), &modulation(value)).unwrap();
-            }
-            skip
-        };
-        values.iter().map(decide).collect()
+    fn skips(cache: &TeaCache, values: &[f32]) -> Vec<bool> {
+        let modulations: Vec<_> = values.iter().map(|&value| modulation(value)).collect();
+        cache.decide(&modulations).unwrap().into_iter().map(|decision| decision.skips).collect()
     }
 
     #[test]
@@ -124,27 +125,26 @@ mod tests {
         let cache = TeaCache { threshold: 0.25, coefficients: [0.0, 0.0, 0.0, 1.0, 0.0], warmup_steps: 2 };
         // Changes of 0.1 each: 0.1 and 0.2 are below the threshold, the third is not, then it starts afresh.
         let values = [1.0, 1.0, 1.1, 1.21, 1.331, 1.4641];
-        assert_eq!(run(&cache, &values), [false, false, true, true, false, true]);
-        assert_eq!(
-            run(&TeaCache { warmup_steps: 4, ..cache }, &values),
-            [false, false, false, false, true, true]
-        );
+        assert_eq!(skips(&cache, &values), [false, false, true, true, false, true]);
+        let later = TeaCache { warmup_steps: 4, ..cache };
+        assert_eq!(skips(&later, &values), [false, false, false, false, true, true]);
+        assert!(skips(&later, &[]).is_empty());
     }
 
     #[test]
     fn never_skips_at_first_nor_on_values_that_are_not_finite() {
         let cache = TeaCache { threshold: 1e9, coefficients: [0.0; 5], warmup_steps: 0 };
-        assert_eq!(run(&cache, &[1.0, 1.0, f32::NAN, 1.0]), [false, true, false, false]);
-        assert!(cache.branch().reuse(&modulation(1.0)).is_err());
+        assert_eq!(skips(&cache, &[1.0, 1.0, f32::NAN, 1.0]), [false, true, false, false]);
+        assert!(Residual::default().apply(true, &modulation(1.0), || Ok(modulation(1.0))).is_err());
     }
 
     #[test]
-    fn reuse_adds_what_the_blocks_added() {
-        let cache = TeaCache { threshold: 0.2, coefficients: TeaCache::COEFFICIENTS_480, warmup_steps: 5 };
-        let mut branch = cache.branch();
-        branch.store(&modulation(1.0), &modulation(3.5)).unwrap();
-        let reused =
-            branch.reuse(&modulation(10.0)).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        assert_eq!(reused, [12.5; 24]);
+    fn skipping_adds_what_the_blocks_added() {
+        let mut residual = Residual::default();
+        let made = residual.apply(false, &modulation(1.0), || Ok(modulation(3.5))).unwrap();
+        let values = |xs: Tensor| xs.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(values(made), [3.5; 24]);
+        let skipped = residual.apply(true, &modulation(10.0), || panic!("the blocks are skipped")).unwrap();
+        assert_eq!(values(skipped), [12.5; 24]);
     }
 }

@@ -7,6 +7,9 @@ Maps a description of stages (`handler bench --describe`) to one JSON line per s
 Different from the reference, always in PyTorch's favour: what does not change is encoded once, passes that a scale
 of 1 cancels are not run, colour matching runs in torch instead of scikit-image.
 
+On a GPU (a description by `handler bench --device cuda`): the dtypes are those of the description, attention is what
+`scaled_dot_product_attention` chooses, convolutions in f32 may use TF32, as PyTorch does by default.
+
     pip install torch==2.15.0 numpy==2.4.6
     handler bench --describe | python3 tests/benches/peer.py --runs 5
     python3 tests/benches/peer.py --check GOLDENS     # the peer computes what the reference computes
@@ -21,6 +24,7 @@ from peer_networks import Clip, Dit, Umt5, Vae, Wav2Vec2, Weights, attention, re
 TOLERANCE = 1e-4
 # Each window feeds the next, and colour matching amplifies rounding: windows 0, 1 and the later ones.
 WINDOW_TOLERANCES = 2e-4, 2e-3, 1e-2
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "u8": torch.uint8}
 KINDS = {"dit": Dit, "vae": Vae, "clip": Clip, "wav2vec2": Wav2Vec2, "umt5": Umt5}
 
 
@@ -121,10 +125,11 @@ def make_video(networks, v, portrait, embeds, context, negative_context, noise):
 
 def prepare(stage):
     """The function that one stage times, or None for a stage that has no counterpart here."""
-    kind, rand = stage["kind"], lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    network = lambda name: KINDS[name](stage["network"], Weights())
+    device, dtype = torch.get_default_device(), DTYPES[stage["dtype"]]
+    kind, rand = stage["kind"], lambda *shape: torch.randn(shape, generator=torch.Generator(device).manual_seed(1))
+    network = lambda name: KINDS[name](stage["network"], Weights(dtype=dtype))
     if kind == "attention":
-        q, k, v = (rand(*stage["shape"]) for _ in range(3))
+        q, k, v = (rand(*stage["shape"]).to(dtype) for _ in range(3))
         return lambda: attention(q, k, v)
     if kind == "wav2vec2":
         net, samples = network("wav2vec2"), rand(stage["samples"])
@@ -143,11 +148,12 @@ def prepare(stage):
         net, latents = network("vae"), rand(*stage["latents"])
         return lambda: net.decode(latents)
     if kind == "dit_forward":
-        net, latents = network("dit"), rand(*stage["latents"])
+        drawn = lambda *shape: rand(*shape).to(dtype)
+        net, latents = network("dit"), drawn(*stage["latents"])
         cfg, frames = net.cfg, 4 * latents.shape[1] - 3
-        context = net.encode_context(rand(stage["tokens"], cfg["text_dim"]), rand(1, 257, cfg["clip_dim"]))
-        audio = net.encode_audio(rand(1, frames, cfg["audio_window"], cfg["audio_blocks"], cfg["audio_channels"]))
-        y = rand(cfg["in_dim"] - cfg["out_dim"], *latents.shape[1:])
+        context = net.encode_context(drawn(stage["tokens"], cfg["text_dim"]), drawn(1, 257, cfg["clip_dim"]))
+        audio = net.encode_audio(drawn(1, frames, cfg["audio_window"], cfg["audio_blocks"], cfg["audio_channels"]))
+        y = drawn(cfg["in_dim"] - cfg["out_dim"], *latents.shape[1:])
         return lambda: net.run(net.embed(latents, y, 857.3), context, audio)
     if kind == "video":
         networks = {name: network(stage["networks"][name], Weights()) for name, network in KINDS.items()}
@@ -164,13 +170,14 @@ def prepare(stage):
 
 def measure(work, runs):
     """Milliseconds of each of `runs` calls after a first one that is not counted."""
-    work()
-    times = []
-    for _ in range(runs):
+    def once():
         start = time.perf_counter()
         work()
-        times.append((time.perf_counter() - start) * 1e3)
-    return times
+        if torch.get_default_device().type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3
+    once()
+    return [once() for _ in range(runs)]
 
 
 # ------------------------------------------------------------------ check against the reference
@@ -265,6 +272,7 @@ def main():
     text = pathlib.Path(args.description).read_text() if args.description else sys.stdin.read()
     description = json.loads(text)
     torch.set_num_threads(description["threads"])
+    torch.set_default_device(description["device"])
     for stage in description["stages"]:
         if args.stage and stage["name"] not in args.stage:
             continue

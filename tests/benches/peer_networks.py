@@ -40,21 +40,22 @@ def read_safetensors(path):
 
 
 class Weights:
-    """Tensors below a prefix, from a file or drawn: gains 1, all else normal / sqrt(inputs)."""
+    """Tensors below a prefix, from a file or drawn on the default device: gains 1, all else normal / sqrt(inputs)."""
 
-    def __init__(self, tensors=None, prefix="", generator=None):
-        self.tensors, self.prefix = tensors, prefix
-        self.generator = generator or torch.Generator().manual_seed(0)
+    def __init__(self, tensors=None, prefix="", generator=None, dtype=torch.float32):
+        self.tensors, self.prefix, self.dtype = tensors, prefix, dtype
+        self.generator = generator or torch.Generator(torch.get_default_device()).manual_seed(0)
 
     def pp(self, name):
-        return Weights(self.tensors, f"{self.prefix}{name}.", self.generator)
+        return Weights(self.tensors, f"{self.prefix}{name}.", self.generator, self.dtype)
 
     def get(self, shape, name="weight"):
         if self.tensors is not None:
             return self.tensors[self.prefix + name].reshape(shape)
         if name in ("gamma", "weight_g") or (name == "weight" and len(shape) == 1):
-            return torch.ones(shape)
-        return torch.randn(shape, generator=self.generator) / math.sqrt(max(1, math.prod(shape[1:])))
+            return torch.ones(shape, dtype=self.dtype)
+        drawn = torch.randn(shape, generator=self.generator, dtype=self.dtype)
+        return drawn.div_(math.sqrt(max(1, math.prod(shape[1:]))))
 
 
 class Linear:
@@ -202,7 +203,8 @@ class Clip:
         """(3, 1, H, W) in [-1, 1] to (1, 257, D)."""
         pixels = F.interpolate(frame[:, 0][None], size=(self.size, self.size), mode="bicubic", align_corners=False)
         mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
-        xs = F.conv2d((pixels * 0.5 + 0.5 - mean) / std, self.patch, stride=self.patch.shape[-1])
+        pixels = ((pixels * 0.5 + 0.5 - mean) / std).to(self.patch.dtype)
+        xs = F.conv2d(pixels, self.patch, stride=self.patch.shape[-1])
         xs = self.pre_norm(torch.cat([self.cls, xs.flatten(2).transpose(1, 2)], 1) + self.pos)
         for norm1, qkv, proj, norm2, up, down in self.blocks:
             q, k, v = qkv(norm1(xs)).unflatten(2, (3, self.cfg["vision_heads"], -1)).unbind(2)
@@ -437,7 +439,8 @@ class Dit:
         xs = F.conv3d(torch.cat([latents, y])[None], *self.patch, stride=self.cfg["patch_size"])
         half = self.cfg["freq_dim"] // 2
         angles = float(t) * 10000.0 ** (-torch.arange(half).double() / half)
-        temb = self.time[1](F.silu(self.time[0](torch.cat([angles.cos(), angles.sin()]).float()[None])))
+        angles = torch.cat([angles.cos(), angles.sin()]).to(self.head.w.dtype)
+        temb = self.time[1](F.silu(self.time[0](angles[None])))
         modulation = self.time_projection(F.silu(temb)).unflatten(1, (6, -1))
         return xs.flatten(2).transpose(1, 2), tuple(xs.shape[2:]), temb, modulation
 
@@ -446,7 +449,8 @@ class Dit:
         xs, grid, temb, modulation = embedded
         (dim, eps), rope = (self.cfg["dim"], self.cfg["eps"]), self.rope(grid)
         norm = lambda xs: F.layer_norm(xs, (dim,), eps=eps)
-        rotate = lambda xs: torch.view_as_real(torch.view_as_complex(self.split(xs).unflatten(3, (-1, 2))) * rope).flatten(3)
+        pairs = lambda xs: torch.view_as_complex(self.split(xs).float().unflatten(3, (-1, 2)))
+        rotate = lambda xs: torch.view_as_real(pairs(xs) * rope).flatten(3).to(xs.dtype)
         for b, (k_text, v_text, k_image, v_image), (k_audio, v_audio) in zip(self.blocks, context, audio):
             shift1, scale1, gate1, shift2, scale2, gate2 = (b["modulation"] + modulation).chunk(6, 1)
             ys = norm(xs) * (1 + scale1) + shift1

@@ -10,7 +10,7 @@ use serde_json::Value;
 use talkie::models::wan::{Audio, Config, Context, Model, normalize_and_scale, ref_attn_map};
 use talkie::nn::rope::Rope;
 use talkie::nn::{LayerNorm, RmsNorm, layer_norm_modulated, timestep, trace};
-use talkie::pipeline::teacache::TeaCache;
+use talkie::pipeline::teacache::{Residual, TeaCache};
 
 use crate::support::{Component, GoldenFile, check, relative_error};
 
@@ -253,32 +253,29 @@ fn teacache(goldens: &Component, cfg: &Config, name: &str, settings: &Value) {
     let null_audio =
         model.encode_audio(&inputs.audio.narrow(0, 0, 1).unwrap().zeros_like().unwrap()).unwrap();
     let mut passes = [
-        (&context, &audio, cache.branch()),
-        (&null_context, &audio, cache.branch()),
-        (&null_context, &null_audio, cache.branch()),
+        (&context, &audio, Residual::default()),
+        (&null_context, &audio, Residual::default()),
+        (&null_context, &null_audio, Residual::default()),
     ];
 
     let timesteps = file.vec_f32("timesteps");
     let steps = number("steps") as usize;
     assert_eq!(timesteps.len(), steps + 1);
+    let modulation = |t: &f32| model.modulation(f64::from(*t)).unwrap().1;
+    let decisions = cache.decide(&timesteps[..steps].iter().map(modulation).collect::<Vec<_>>()).unwrap();
     let (text, voice) = (number("text_guide_scale"), number("audio_guide_scale"));
     let mut latents = file.f32("latent0");
     for step in 0..steps {
         let mut outputs = Vec::new();
-        for (i, (context, audio, branch)) in passes.iter_mut().enumerate() {
+        for (i, (context, audio, residual)) in passes.iter_mut().enumerate() {
             let embedded = model.embed(&latents, &inputs.y, f64::from(timesteps[step])).unwrap();
-            let skip = branch.should_skip(&embedded.modulation).unwrap();
+            let decision = decisions[step];
             let row = &facts["rows"][step][i];
-            assert_eq!(row["computed"].as_bool(), Some(!skip), "step {step}, pass {i}");
+            assert_eq!(row["computed"].as_bool(), Some(!decision.skips), "step {step}, pass {i}");
             let accumulated = row["accumulated_after"].as_f64().expect("a number");
-            assert!((branch.accumulated() - accumulated).abs() < 1e-4, "step {step}, pass {i}");
-            let xs = if skip {
-                branch.reuse(&embedded.xs).unwrap()
-            } else {
-                let xs = model.blocks(&embedded, context, audio, Some(&inputs.masks)).unwrap();
-                branch.store(&embedded.xs, &xs).unwrap();
-                xs
-            };
+            assert!((decision.accumulated - accumulated).abs() < 1e-4, "step {step}, pass {i}");
+            let blocks = || model.blocks(&embedded, context, audio, Some(&inputs.masks));
+            let xs = residual.apply(decision.skips, &embedded.xs, blocks).unwrap();
             let out = model.head(&xs, &embedded).unwrap();
             let name = format!("step{step}.pass{i}");
             if file.has(&name) {

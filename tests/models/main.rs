@@ -8,6 +8,7 @@ mod clip;
 mod coverage;
 mod dit;
 mod image;
+mod kernels;
 mod lora;
 mod manifest;
 mod memory;

@@ -76,6 +76,23 @@ fn every_rung_makes_the_same_video_within_its_limit() {
 }
 
 #[test]
+fn what_ran_out_of_memory_is_planned_with_less() {
+    let (spec, storage) = (studio::heavy(), ModelStorage::at("/nonexistent"));
+    let mut pipeline = Pipeline::new(Device::Cpu, None);
+    let make = |pipeline: &mut Pipeline| {
+        let made = studio::make(pipeline, &spec, &storage);
+        (made.video.unwrap().plan.unwrap(), made.bytes)
+    };
+    let (before, bytes) = make(&mut pipeline);
+    assert_eq!(before.rung(), Rung::Resident);
+    pipeline.step_down();
+    let (after, same) = make(&mut pipeline);
+    assert_ne!(after.rung(), Rung::Resident);
+    assert!(after.device_bytes <= before.device_bytes / 8 * 7 + 8, "{before:?} {after:?}");
+    assert!(bytes == same, "less memory makes another video");
+}
+
+#[test]
 fn what_does_not_fit_is_refused_before_anything_is_loaded() {
     let (_, limit) = limits()[3];
     let mut pipeline = Pipeline::new(Device::Cpu, Some(limit));

@@ -6,9 +6,9 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use talkie::media::image;
 use talkie::models::{clip_vision, wan, wan_vae};
-use talkie::nn::trace;
+use talkie::nn::{kernels, trace};
 use talkie::pipeline::{
-    Apg, Cancel, Conditioning, Control, Guidance, Plan, Reference, Sampling, Window, WindowMaker,
+    Apg, Cancel, Conditioning, Control, Generated, Guidance, Plan, Reference, Sampling, Window, WindowMaker,
     generate_windows, teacache::TeaCache,
 };
 use talkie::scheduler::timesteps;
@@ -142,7 +142,7 @@ impl Run {
     /// Runs the loop on the golden noise: the video (3, F, H, W) and everything recorded on the way.
     fn generate(&self, networks: &Networks) -> Made {
         let mut parts = Vec::new();
-        let (frames, recorded) = trace::capture(|| {
+        let (generated, recorded) = trace::capture(|| {
             let mut control = Control { cancel: &Cancel::default(), progress: &mut |_| () };
             let mut sink = |part| {
                 parts.push(part);
@@ -154,7 +154,7 @@ impl Run {
             generate_windows(networks, &conditioning, sampling, &mut noise, &mut control, &mut sink).unwrap()
         });
         let video = Tensor::cat(&parts, 1).unwrap();
-        assert_eq!(video.dim(1).unwrap(), frames);
+        assert_eq!(generated, Generated { frames: video.dim(1).unwrap(), remade: 0 });
         Made { video, recorded }
     }
 
@@ -413,4 +413,78 @@ fn a_cancelled_generation_ends_with_that_error() {
     );
     assert_eq!(result.unwrap_err().kind(), talkie::ErrorKind::Cancelled);
     assert_eq!(steps, 1, "the step after the cancellation does not start");
+}
+
+/// Noise that is not a number unless plain kernels are asked for, as from a kernel that is broken.
+fn broken_noise(run: &Run, window: usize, shape: (usize, usize, usize, usize)) -> talkie::Result<Tensor> {
+    let noise = run.noise(window, shape)?;
+    Ok(if kernels::are_plain() { noise } else { (noise * f64::NAN)? })
+}
+
+#[test]
+fn a_window_that_is_not_finite_is_made_again_on_plain_kernels() {
+    let component = Component::open("pipeline");
+    let config = component.config();
+    let (networks, run) = (networks(&config), longest_run(&component, &config));
+    let expected = run.generate(&networks).video;
+    let mut parts = Vec::new();
+    let mut steps = Vec::new();
+    let mut control = Control {
+        cancel: &Cancel::default(),
+        progress: &mut |p| steps.extend((p.stage == talkie::pipeline::Stage::Denoise).then_some(p.window)),
+    };
+    let generated = generate_windows(
+        networks.generator(),
+        &run.conditioning(&networks),
+        &run.sampling,
+        &mut |window, shape| broken_noise(&run, window, shape),
+        &mut control,
+        &mut |part| {
+            parts.push(part);
+            Ok(())
+        },
+    )
+    .unwrap();
+    let windows = run.settings["windows"].as_array().expect("windows").len();
+    assert_eq!(generated, Generated { frames: expected.dim(1).unwrap(), remade: windows });
+    assert_eq!(steps.len(), 2 * windows * run.sampling.num_steps, "every window is made twice, no more");
+    let error = relative_error(&Tensor::cat(&parts, 1).unwrap(), &expected);
+    assert!(error > 0.0 && error < TOLERANCES[1], "plain kernels make the same video: {error:e}");
+    assert!(!kernels::are_plain(), "the next video has its kernels back");
+}
+
+#[test]
+fn a_window_that_stays_broken_is_an_error_after_two_attempts() {
+    let component = Component::open("pipeline");
+    let config = component.config();
+    let run = longest_run(&component, &config);
+    let attempt = |networks: &Networks, factor: f64| {
+        let mut attempts = 0;
+        let mut control = Control { cancel: &Cancel::default(), progress: &mut |_| () };
+        let mut noise = |window, shape| {
+            attempts += 1;
+            Ok((run.noise(window, shape)? * factor)?)
+        };
+        let (conditioning, sampling) = (run.conditioning(networks), &run.sampling);
+        let sink = &mut |_| panic!("a broken window was given out");
+        let networks = networks.generator();
+        let error = generate_windows(networks, &conditioning, sampling, &mut noise, &mut control, sink);
+        (error.unwrap_err(), attempts)
+    };
+    let (error, attempts) = attempt(&networks(&config), f64::NAN);
+    assert_eq!((error.kind(), attempts), (talkie::ErrorKind::Numeric, 2));
+    assert!(error.to_string().contains("window 1 of"), "{error}");
+
+    // A decoder that sees nothing but black.
+    let mut networks = networks(&config);
+    let weights = GoldenFile::open(config["weights"]["vae"].as_str().expect("a weights file"));
+    let mut tensors: std::collections::HashMap<String, Tensor> =
+        weights.names().into_iter().map(|name| (name.clone(), weights.get(&name))).collect();
+    let bias = tensors.get_mut("decoder.head.2.bias").expect("the last bias");
+    *bias = (&*bias - 1e3).unwrap();
+    let vb = candle_nn::VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    networks.vae = wan_vae::Vae::new(&self::config(&config["models"]["vae"]), vb).unwrap();
+    let (error, attempts) = attempt(&networks, 1.0);
+    assert_eq!((error.kind(), attempts), (talkie::ErrorKind::Numeric, 2));
+    assert!(error.to_string().contains("is black"), "{error}");
 }

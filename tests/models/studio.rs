@@ -82,7 +82,8 @@ pub fn make_with(
     let output = dir.path().join("out.mp4");
     let mut reports = Vec::new();
     let settings = settings(spec);
-    let job = Job { spec, storage, settings: &settings, inputs: inputs(), output: &output };
+    let inputs = inputs();
+    let job = Job { spec, storage, settings: &settings, inputs: &inputs, output: &output };
     let mut progress = |report: Progress| {
         watch(&report);
         reports.push(report);

@@ -6,6 +6,7 @@ mod crash;
 mod deploy;
 mod gateway;
 mod generate;
+mod gpu_check;
 mod hub;
 mod inputs;
 mod interrupt;

@@ -173,6 +173,19 @@ async fn what_720p_has_no_memory_for_is_made_at_480p_without_a_try() {
 }
 
 #[test]
+fn a_video_from_the_command_line_is_made_at_480p_where_720p_does_not_fit() {
+    let bench = Bench::new();
+    let limit = needed("480p").to_string();
+    let args = ["--size", "720p", "--steps", "1", "--memory-limit", &limit];
+    let made = bench.run(&args);
+    let output = made.output();
+    assert_eq!((&output["width"], &output["height"]), (&json!(128), &json!(128)));
+    let downgrade = output["downgrades"][0].as_str().unwrap();
+    assert!(downgrade.starts_with("size: 480p in place of 720p"), "{output}");
+    assert!(made.stderr.contains(downgrade), "{}", made.stderr);
+}
+
+#[test]
 fn a_limit_that_nothing_fits_is_an_error_and_one_that_is_no_number_another() {
     let bench = Bench::new();
     let refused = bench.run(&["--memory-limit", "1000"]);

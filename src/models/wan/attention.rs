@@ -68,8 +68,7 @@ impl SelfAttention {
     /// Mixes the tokens `xs` (B, L, D), which lie on the grid of `rope`.
     pub fn forward(&self, xs: Tensor, rope: &Rope) -> Result<SelfAttended> {
         let rotated = |linear: &Linear, norm: &RmsNorm| {
-            let projected = norm.forward(&linear.forward(&xs)?)?;
-            rope.rotate(&split_heads(&projected, self.num_heads)?)
+            norm.forward_rotated(&linear.forward(&xs)?, self.num_heads, rope)
         };
         let (q, k) = (rotated(&self.q, &self.norm_q)?, rotated(&self.k, &self.norm_k)?);
         let v = split_heads(&self.v.forward(&xs)?, self.num_heads)?;

@@ -5,12 +5,14 @@ use candle_nn::VarBuilder;
 
 use super::Config;
 use super::attention::{
-    AudioCrossAttention, ContextKeysValues, CrossAttention, KeysValues, SelfAttention,
+    AudioCrossAttention, ContextKeysValues, CrossAttention, KeysValues, SelfAttended, SelfAttention,
     record_queries_and_keys,
 };
 use super::routing::Routing;
 use crate::nn::rope::Rope;
-use crate::nn::{LayerNorm, Linear, layer_norm_modulated, residual_gate, trace};
+use crate::nn::{
+    LayerNorm, Linear, Sum, layer_norm_modulated, residual_gate, sum_and_layer_norm_modulated, trace,
+};
 
 /// Self-attention, attention to text and image, attention to audio, feed-forward; the first and the last
 /// under AdaLN modulation.
@@ -77,32 +79,30 @@ impl Block {
         let attended = self.self_attn.forward(ys, conditions.rope)?;
         record("self_attn", &attended.ys);
         record_queries_and_keys(self.index, &attended);
-        let xs = residual_gate(xs, &attended.ys, &part(2)?)?;
+        let SelfAttended { ys, q, k } = attended;
+        let (xs, normed) = self.norm3.forward_sum(Sum { xs: xs.clone(), ys, gate: Some(&part(2)?) })?;
         let audio_rope = match conditions.routing {
             Some(routing) => {
-                let (map, rope) = routing.queries(&attended.q, &attended.k)?;
+                let (map, rope) = routing.queries(&q, &k)?;
                 record("ref_attn_map", &map);
                 Some(rope)
             }
             None => None,
         };
-        drop(attended);
+        drop((q, k));
 
-        let ys = self.cross_attn.forward(&self.norm3.forward(&xs)?, conditions.context)?;
+        let ys = self.cross_attn.forward(&normed, conditions.context)?;
+        drop(normed);
         record("cross_attn", &ys);
-        let xs = (xs + ys)?;
+        let (xs, normed) = self.norm_x.forward_sum(Sum { xs, ys, gate: None })?;
 
-        let ys = self.audio_cross_attn.forward(
-            &self.norm_x.forward(&xs)?,
-            conditions.audio,
-            audio_rope.as_ref(),
-        )?;
+        let ys = self.audio_cross_attn.forward(&normed, conditions.audio, audio_rope.as_ref())?;
+        drop(normed);
         record("audio_cross_attn", &ys);
-        let xs = (xs + ys)?;
-
-        let ys = layer_norm_modulated(&xs, &part(3)?, &part(4)?, self.eps)?;
-        let hidden = self.ffn_in.forward_gelu_tanh(&ys)?;
-        drop(ys);
+        let sum = Sum { xs, ys, gate: None };
+        let (xs, normed) = sum_and_layer_norm_modulated(sum, &part(3)?, &part(4)?, self.eps)?;
+        let hidden = self.ffn_in.forward_gelu_tanh(&normed)?;
+        drop(normed);
         let ys = self.ffn_out.forward(&hidden)?;
         drop(hidden);
         record("ffn", &ys);

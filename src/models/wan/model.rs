@@ -199,14 +199,20 @@ impl Model {
         let xs = self.patch_embedding.forward(&patchify(&xs, (patch_rows, patch_cols))?)?; // (1, L, D)
         trace::record(|| "patch_tokens".to_owned(), &xs);
 
-        let temb = timestep::sinusoid(&[timestep], self.config.freq_dim, &self.device)?;
-        let temb = self.time_embedding.1.forward(&silu(&self.time_embedding.0.forward(&temb)?)?)?; // (1, D)
-        let modulation = self.time_projection.forward(&silu(&temb)?)?.reshape((1, 6, self.config.dim))?;
+        let (temb, modulation) = self.modulation(timestep)?;
         trace::record(|| "e".to_owned(), &temb);
         trace::record(|| "e0".to_owned(), &modulation);
 
         let grid = (frames, height / patch_rows, width / patch_cols);
         Ok(Embedded { xs, grid, temb, modulation, rope: self.rope(grid)? })
+    }
+
+    /// What `timestep` (0…1000) says to head (1, D) and blocks (1, 6, D), in f32.
+    pub fn modulation(&self, timestep: f64) -> Result<(Tensor, Tensor)> {
+        let temb = timestep::sinusoid(&[timestep], self.config.freq_dim, &self.device)?;
+        let temb = self.time_embedding.1.forward(&silu(&self.time_embedding.0.forward(&temb)?)?)?;
+        let modulation = self.time_projection.forward(&silu(&temb)?)?.reshape((1, 6, self.config.dim))?;
+        Ok((temb, modulation))
     }
 
     /// Runs the blocks: (1, L, D). `masks` (3, h, w) tell where person 1, person 2 and neither are in the

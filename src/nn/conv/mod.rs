@@ -3,8 +3,9 @@
 //! On the CPU one kernel serves all of them: for every output pixel a convolution is a sum over kernel taps of
 //! (input channels) × (out, in) products, and taps that are adjacent in memory form one longer product. No
 //! column matrix is built: the kernel reads the activations where they are, and copies only the windows that
-//! touch padding. Weights are packed once, at construction. Other devices take stock operations
-//! (`portable`), which are also what the tests compare with.
+//! touch padding. Weights are packed once, at construction. CUDA devices have a kernel of their own
+//! (`nn::cuda`); what it does not know, and other devices, take stock operations (`portable`), which are also what
+//! the tests compare with.
 
 mod kernel;
 mod packed;
@@ -16,8 +17,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::cpu;
-use packed::{Geometry, Packed};
+use super::{cpu, work};
+pub(super) use packed::Geometry;
+use packed::Packed;
 
 /// Zeros added around rows and columns before a convolution, in pixels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -173,6 +175,14 @@ impl<'a> Input<'a> {
     fn of(xs: &'a Tensor) -> Self {
         Self { xs, past: None, zero_frames: 0, residual: None }
     }
+
+    /// The past and what follows it.
+    fn frames(&self) -> Result<Tensor> {
+        match self.past {
+            Some(past) => Tensor::cat(&[past, self.xs], 1),
+            None => Ok(self.xs.clone()),
+        }
+    }
 }
 
 /// Weights in the form that their device computes with.
@@ -186,7 +196,12 @@ struct Layer {
 #[derive(Clone)]
 enum Weights {
     Packed(Arc<Packed>),
-    Stock { weight: Tensor, bias: Option<Tensor> },
+    #[cfg(feature = "cuda")]
+    ChannelsLast(super::cuda::ConvWeights),
+    Stock {
+        weight: Tensor,
+        bias: Option<Tensor>,
+    },
 }
 
 impl std::fmt::Debug for Layer {
@@ -206,14 +221,25 @@ impl Layer {
             Device::Cpu if !is_one_value(&weight) => Packed::new(&weight, bias.as_ref(), geometry).ok(),
             _ => None,
         };
-        let weights = match packed {
-            Some(packed) => Weights::Packed(Arc::new(packed)),
-            None => Weights::Stock { weight, bias },
-        };
-        Self { geometry, kernel, weights }
+        if let Some(packed) = packed {
+            return Self { geometry, kernel, weights: Weights::Packed(Arc::new(packed)) };
+        }
+        #[cfg(feature = "cuda")]
+        if let Ok(Some(weights)) = super::cuda::ConvWeights::new(&weight, bias.as_ref(), geometry) {
+            return Self { geometry, kernel, weights: Weights::ChannelsLast(weights) };
+        }
+        Self { geometry, kernel, weights: Weights::Stock { weight, bias } }
     }
 
     fn forward(&self, input: &Input) -> Result<Tensor> {
+        let ys = self.convolve(input)?;
+        let (kt, kh, kw) = self.kernel;
+        let taps = kt * kh * kw * input.xs.dim(4)? / self.geometry.groups;
+        work::note(|| Ok(2 * ys.elem_count() * taps), &[input.xs, &ys])?;
+        Ok(ys)
+    }
+
+    fn convolve(&self, input: &Input) -> Result<Tensor> {
         let dtype = input.xs.dtype();
         let frame_dims = |x: &Tensor| x.dims5().map(|(b, _, h, w, c)| (b, h, w, c));
         if let Some(past) = input.past
@@ -231,18 +257,28 @@ impl Layer {
                 forward_packed(packed, &input)?.to_dtype(dtype)
             }
             Weights::Packed(_) => candle_core::bail!("the weights are on the CPU, the input is not"),
-            Weights::Stock { weight, bias } => {
-                let mut parts = Vec::new();
-                if input.zero_frames > 0 {
-                    let (b, _, h, w, c) = input.xs.dims5()?;
-                    parts.push(Tensor::zeros((b, input.zero_frames, h, w, c), dtype, input.xs.device())?);
-                }
-                parts.extend(input.past.cloned());
-                parts.push(input.xs.clone());
-                let ys = portable::conv(&Tensor::cat(&parts, 1)?, weight, bias.as_ref(), self.geometry)?;
+            #[cfg(feature = "cuda")]
+            Weights::ChannelsLast(weights) => {
+                let xs = input.frames()?;
+                let doubled = if self.geometry.doubled { portable::double(&xs)? } else { xs };
+                let ys = match weights.convolve(&doubled, input.zero_frames, self.geometry)? {
+                    Some(ys) => ys,
+                    None => {
+                        let (weight, bias) = weights.stock()?;
+                        return self.forward_stock(input, &weight, bias.as_ref());
+                    }
+                };
                 input.residual.map_or(Ok(ys.clone()), |residual| ys + residual)
             }
+            Weights::Stock { weight, bias } => self.forward_stock(input, weight, bias.as_ref()),
         }
+    }
+
+    /// By candle's operations.
+    fn forward_stock(&self, input: &Input, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let xs = input.frames()?.pad_with_zeros(1, input.zero_frames, 0)?;
+        let ys = portable::conv(&xs, weight, bias, self.geometry)?;
+        input.residual.map_or(Ok(ys.clone()), |residual| ys + residual)
     }
 }
 

@@ -19,14 +19,14 @@ use super::kernel::{self, MAX_VECTORS, Panel};
 
 /// Strides, padding and channel groups of a convolution.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Geometry {
+pub(in crate::nn) struct Geometry {
     /// In time, rows and columns.
-    pub(super) stride: (usize, usize, usize),
-    pub(super) padding: Padding2d,
-    pub(super) groups: usize,
+    pub(in crate::nn) stride: (usize, usize, usize),
+    pub(in crate::nn) padding: Padding2d,
+    pub(in crate::nn) groups: usize,
     /// Whether rows and columns of the input are repeated before the convolution, which then is of 3×3 taps with
     /// stride and padding 1.
-    pub(super) doubled: bool,
+    pub(in crate::nn) doubled: bool,
 }
 
 impl Geometry {

@@ -54,7 +54,7 @@ fn conv2d(xs: &Tensor, weight: &Tensor, (sh, sw): (usize, usize), groups: usize)
 }
 
 /// Repeats every row and column of `xs` (B, T, H, W, C): (B, T, 2 H, 2 W, C).
-fn double(xs: &Tensor) -> Result<Tensor> {
+pub(super) fn double(xs: &Tensor) -> Result<Tensor> {
     let (batch, frames, height, width, channels) = xs.dims5()?;
     let rows = batch * frames * height;
     let xs = xs.reshape((rows, 1, width, 1, channels))?.broadcast_as((rows, 2, width, 2, channels))?;

@@ -27,6 +27,20 @@ fn fault_56_what_720p_has_no_memory_for_is_made_at_480p_once() {
 }
 
 #[test]
+fn fault_56_what_runs_out_of_memory_at_480p_is_made_once_more_with_fewer_weights_there() {
+    let mut function = Function::start(&[]);
+    let strict = with(&job("fault: oom once"), &json!({"strict": true}));
+    assert_eq!(code(function.invoke(&strict)), "GPU_OUT_OF_MEMORY");
+    let mut function = Function::start(&[]);
+    let output = function.invoke(&job("fault: oom once")).unwrap();
+    let downgrades = output["downgrades"].as_array().unwrap();
+    assert_eq!(downgrades.len(), 1, "{output}");
+    assert!(downgrades[0].as_str().unwrap().starts_with("memory:"), "{output}");
+    let output = function.invoke(&job("fault: oom once")).unwrap();
+    assert_eq!(output["downgrades"], json!([]), "it was once");
+}
+
+#[test]
 fn fault_57_a_device_that_is_broken_takes_no_further_job() {
     let mut function = Function::start(&[]);
     let (kind, error) = function.invoke(&job("fault: sticky")).unwrap_err();

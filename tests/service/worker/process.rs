@@ -382,7 +382,7 @@ fn fitness_check_failed() {
 /// A worker that is to run on a GPU and has none says so before it takes a job. Where there is one, this shows nothing.
 #[test]
 fn fault_62_a_worker_without_its_gpu_takes_no_job() {
-    if talkie::device::select(talkie::device::Preference::Cuda).is_ok() {
+    if talkie::device::select(talkie::device::Preference::Cuda, |_| ()).is_ok() {
         return;
     }
     let rig = Rig::new();

@@ -1,10 +1,20 @@
-//! Chooses the device and the dtype that networks compute in, and says how much memory there is: the only place that
-//! asks whether CUDA is there.
+//! Chooses the device and the dtype that networks compute in, and says how much memory there is; weights in host memory
+//! on their way to a GPU.
+
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "cuda")]
+mod pinned;
+mod staged;
 
 use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device};
+
+#[cfg(feature = "cuda")]
+use cuda::first as cuda;
+pub(crate) use staged::Staged;
 
 use crate::{Error, ErrorKind, Result};
 
@@ -20,18 +30,18 @@ pub enum Preference {
     Cuda,
 }
 
-/// The device for `preference`.
+/// The device for `preference`. Where [`Preference::Auto`] falls back to the CPU, `fell_back` is told why.
 ///
 /// # Errors
-/// `DeviceUnavailable` if [`Preference::Cuda`] finds no CUDA device, or this build has no support for them.
-pub fn select(preference: Preference) -> Result<Device> {
+/// `DeviceUnavailable` if [`Preference::Cuda`] finds no CUDA device that can be used; the message names why.
+pub fn select(preference: Preference, fell_back: impl FnOnce(&Error)) -> Result<Device> {
     match preference {
         Preference::Cpu => Ok(Device::Cpu),
-        Preference::Auto => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
-        Preference::Cuda => Device::new_cuda(0).map_err(|e| {
-            let message = format!("CUDA device 0 is not available: {e}");
-            Error::new(ErrorKind::DeviceUnavailable, message).with_source(e)
-        }),
+        Preference::Cuda => cuda(),
+        Preference::Auto => Ok(cuda().unwrap_or_else(|e| {
+            fell_back(&e);
+            Device::Cpu
+        })),
     }
 }
 
@@ -141,6 +151,16 @@ fn kib_of(text: &str, name: &str) -> Option<u64> {
     Some(kib * 1024)
 }
 
+fn unavailable(message: impl Into<String>, hint: &str) -> Error {
+    Error::new(ErrorKind::DeviceUnavailable, message).with_hint(hint)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda() -> Result<Device> {
+    let hint = "take a build with the feature `cuda`: scripts/build-cuda.sh makes one";
+    Err(unavailable("this build computes on the CPU only", hint))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -175,12 +195,16 @@ mod tests {
 
     #[test]
     fn each_preference_gives_its_device_or_says_why_not() {
-        assert!(select(Preference::Cpu).unwrap().is_cpu());
-        match (select(Preference::Cuda), select(Preference::Auto).unwrap()) {
-            (Ok(device), auto) => assert!(device.is_cuda() && auto.is_cuda()),
-            (Err(error), auto) => {
+        let silent = |_: &Error| panic!("only `auto` falls back");
+        assert!(select(Preference::Cpu, silent).unwrap().is_cpu());
+        let mut why = None;
+        let auto = select(Preference::Auto, |e| why = Some(e.to_string())).unwrap();
+        match select(Preference::Cuda, silent) {
+            Ok(device) => assert!(device.is_cuda() && auto.is_cuda() && why.is_none()),
+            Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::DeviceUnavailable);
-                assert!(auto.is_cpu());
+                assert!(auto.is_cpu() && error.hint().is_some());
+                assert_eq!(why, Some(error.to_string()), "the fallback is told the same");
             }
         }
     }
