@@ -1,26 +1,33 @@
 #!/usr/bin/env bash
-# Runs the Dockerfile's steps for the CPU variant where there is no container engine: stage by stage in roots that
-# debootstrap makes, then checks what the final one holds, how large it is, and that it works for its user.
+# Runs the Dockerfile's steps for a variant where there is no container engine: stage by stage in roots that debootstrap
+# makes, then checks what the final one holds, how large it is, and that it works for its user.
 #
-#   scripts/prove-image.sh [--binary target/release/handler]
+#   scripts/prove-image.sh [--variant cpu|cuda] [--binary target/release/handler]
 #
-# --binary puts a binary that is built already in the place of `cargo build`, which takes minutes. Needs root,
-# debootstrap, Debian's mirror, and without --binary the Rust toolchain of this machine, which stands for that of the
+# --binary puts a binary that is built already in the place of the build, which takes minutes. Needs root, debootstrap,
+# Debian's mirror, for `cuda` PyPI, and without --binary the Rust toolchain of this machine, which stands for that of the
 # Rust image. The roots stay in target/prove-image; the first, bare one is used again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# The most that the final root may take.
-limit_mb=120
 mirror=http://deb.debian.org/debian
 work=$PWD/target/prove-image
 
+variant=cpu
 binary=""
-if [ "${1:-}" = --binary ]; then
-  binary=$(realpath "$2")
-elif [ $# -gt 0 ]; then
-  sed -n '2,10s/^# \?//p' "$0" >&2
-  exit 2
-fi
+while [ $# -gt 0 ]; do
+  case "$1 ${2:-}" in
+    "--variant cpu" | "--variant cuda") variant=$2 ;;
+    "--binary "?*) binary=$(realpath "$2") ;;
+    *)
+      sed -n '2,10s/^# \?//p' "$0" >&2
+      exit 2
+      ;;
+  esac
+  shift 2
+done
+# The most that the final root may take.
+limit_mb=120
+[ $variant = cpu ] || limit_mb=1000
 
 # What `debian:bookworm-slim` is: a minimal root without documentation, whose apt keeps nothing.
 bare() {
@@ -103,8 +110,7 @@ copy() {
 }
 
 bare
-rm -rf "$work"/{source,build-cpu,build,final}
-variant=cpu
+rm -rf "$work"/{source,build-cpu,build-cuda,build,final}
 skip=""
 while IFS= read -r line; do
   word=${line%% *} rest=${line#* }
@@ -122,11 +128,18 @@ while IFS= read -r line; do
       [[ "$base" == *_IMAGE* ]] && base=bare
       cp -a "$work/$base" "$root"
       # The Rust image has a toolchain, and the linker that it needs.
-      if [ "$name" = build-cpu ]; then
+      if [ "$name" = "build-$variant" ]; then
         dir=/src
-        if [ -n "$binary" ]; then
+        # Where a proxy signs what is downloaded, this machine knows it. Nothing of this stage but /out goes on.
+        cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
+        env+=(PIP_CERT=/etc/ssl/certs/ca-certificates.crt)
+        if [ -n "$binary" ] && [ "$variant" = cpu ]; then
           install -D "$binary" "$root/src/target/release/handler"
           install -D /bin/true "$root/usr/local/bin/cargo"
+        elif [ -n "$binary" ]; then
+          install -D "$binary" "$root/src/target/cuda/handler"
+          cp "$root/src/scripts/cuda/libraries.txt" "$root/src/target/cuda/"
+          install -D /bin/true "$root/src/scripts/build-cuda.sh"
         else
           rust=$(rustc --print sysroot)
           env+=(CARGO_HOME=/usr/local/cargo "PATH=/usr/local/rust/bin:/usr/bin:/bin")
