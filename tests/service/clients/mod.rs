@@ -30,9 +30,17 @@ fn node_sdk() -> Option<PathBuf> {
 
 /// ChromeDriver. With it Chromium is there too.
 fn chromedriver() -> Option<PathBuf> {
+    found("ChromeDriver", on_path("chromedriver"))
+}
+
+/// Any Python: scripts of ours need no package.
+pub fn python3() -> Option<PathBuf> {
+    found("Python 3", on_path("python3"))
+}
+
+fn on_path(name: &str) -> Option<PathBuf> {
     let folders = env::var_os("PATH").unwrap_or_default();
-    let programs = env::split_paths(&folders).map(|folder| folder.join("chromedriver"));
-    found("ChromeDriver", programs.into_iter().find(|program| program.is_file()))
+    env::split_paths(&folders).map(|folder| folder.join(name)).find(|program| program.is_file())
 }
 
 /// A file below the folder that the clients are installed in.
