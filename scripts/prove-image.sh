@@ -41,8 +41,11 @@ path-include /usr/share/doc/*/copyright
 path-exclude /usr/share/man/*
 path-exclude /usr/share/locale/*
 CONF
-  echo 'DPkg::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb /var/cache/apt/*.bin"; };' \
-    >"$work/bare/etc/apt/apt.conf.d/slim"
+  cat >"$work/bare/etc/apt/apt.conf.d/slim" <<'CONF'
+DPkg::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb /var/cache/apt/*.bin"; };
+Dir::Cache::pkgcache "";
+Dir::Cache::srcpkgcache "";
+CONF
   rm -rf "$work/bare"/{var/lib/apt/lists/*,var/cache/apt/*,var/log/*,usr/share/man/*,usr/share/locale/*}
   find "$work/bare/usr/share/doc" -type f ! -name copyright -delete
   find "$work/bare/usr/share/doc" -depth \( -type l -o -type d -empty \) -delete
