@@ -43,7 +43,8 @@ impl Config {
     ///
     /// With X the bytes of all tokens (L · D), H those of the hidden layer (L · ffn_dim), counted in
     /// `Block::forward`: in the self-attention there are the embedded tokens, the residual stream, its normalised rows,
-    /// q, k, v, the keys transposed and the result, 8 X; in the feed-forward layer 3 X + H. Composed of candle's
+    /// q, k, v, the keys transposed and the result, 8 X; in the feed-forward layer the embedded tokens, the residual
+    /// stream before and within the block, normalised rows or result, and hidden rows, 4 X + H. Composed of candle's
     /// operations, the self-attention also holds q, k and v in f32 and its result twice, and the feed-forward layer its
     /// hidden rows twice.
     pub fn forward_bytes(&self, extent: &Extent) -> u64 {
@@ -54,8 +55,8 @@ impl Config {
         let rotation = tokens * self.head_dim() as u64 * 4;
         rotation
             + match extent.on_cpu {
-                true => (8 * xs).max(3 * xs + hs),
-                false => (8 * xs + 3 * xs_f32 + COMPOSED_SCORES).max(3 * xs + 2 * hs),
+                true => (8 * xs).max(4 * xs + hs),
+                false => (8 * xs + 3 * xs_f32 + COMPOSED_SCORES).max(4 * xs + 2 * hs),
             }
     }
 
